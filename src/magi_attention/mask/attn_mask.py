@@ -1,0 +1,168 @@
+"""A mask as a value: what is attended among ``num_q`` queries and ``num_k`` keys."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.common.enum import AttnMaskType
+from magi_attention.mask import bands as band_table
+from magi_attention.mask.bands import Ints
+
+_SHADES = " ░▒▓█"
+
+
+@dataclass(frozen=True, eq=False)
+class AttnMask:
+    """A frozen, hashable attention mask.
+
+    ``bands``: ``[n, 6]`` int64, tight rows (see ``mask.bands``), read-only. ``num_q``, ``num_k``: lengths in tokens. Queries that no row
+    holds attend nothing.
+
+    Two masks are equal when their tables and lengths are: the same cells cut differently are different values.
+    """
+
+    bands: Ints
+    num_q: int
+    num_k: int
+
+    def __post_init__(self) -> None:
+        table = np.ascontiguousarray(self.bands, dtype=np.int64).reshape(-1, 6)
+        if table is self.bands or table.base is not None:
+            table = table.copy()
+        table.setflags(write=False)
+        object.__setattr__(self, "bands", table)
+
+    @classmethod
+    def from_slices(
+        cls,
+        q_ranges: Any,
+        k_ranges: Any,
+        attn_mask_type: Any = AttnMaskType.FULL,
+        num_q: int | None = None,
+        num_k: int | None = None,
+    ) -> AttnMask:
+        """The mask of a list of slices.
+
+        Args:
+            q_ranges, k_ranges: `AttnRanges`, lists of pairs or ``[n, 2]`` arrays: half-open token ranges.
+            attn_mask_type: one type for all slices or one for each: `AttnMaskType`, its string or its int.
+            num_q, num_k: lengths in tokens; left out, the largest end.
+
+        Raises:
+            ValueError: lists of different lengths, a range that is reversed or outside the lengths, an unknown type.
+        """
+        q_pairs, k_pairs = _as_pairs(q_ranges, "q_ranges"), _as_pairs(k_ranges, "k_ranges")
+        types = _as_types(attn_mask_type, len(q_pairs))
+        if not len(q_pairs) == len(k_pairs) == len(types):
+            raise ValueError(
+                "a mask needs one q_range, one k_range and one type for each slice, got "
+                f"{len(q_pairs)} q_ranges, {len(k_pairs)} k_ranges and {len(types)} types"
+            )
+        num_q = int(q_pairs[:, 1].max(initial=0)) if num_q is None else num_q
+        num_k = int(k_pairs[:, 1].max(initial=0)) if num_k is None else num_k
+        _check_ranges(q_pairs, num_q, "q_range")
+        _check_ranges(k_pairs, num_k, "k_range")
+        return cls(band_table.bands_from_slices(q_pairs, k_pairs, types), num_q, num_k)
+
+    @property
+    def area(self) -> int:
+        """Attended cells."""
+        return int(band_table.area(self.bands).sum())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the ``num_q x num_k`` cells that is not attended."""
+        return 1.0 - self.area / max(self.num_q * self.num_k, 1)
+
+    def validate(self) -> None:
+        """ValueError where rows lie outside the lengths or a cell is listed twice."""
+        _check_ranges(self.bands[:, :2], self.num_q, "q_range")
+        _check_ranges(self.bands[:, 2:4], self.num_k, "k_range")
+        band_table.check_disjoint(self.bands)
+
+    def to_slices(self) -> tuple[Ints, Ints, Ints]:
+        """Slices of the four types: ``(q_ranges [m, 2], k_ranges [m, 2], types [m])`` int64, at most three a row."""
+        return band_table.slices_from_bands(self.bands)
+
+    def to_dense(self) -> NDArray[np.bool_]:
+        """``[num_q, num_k]`` bool. For tests and small masks: its size is the square of the length."""
+        dense: NDArray[np.bool_] = band_table.to_dense(self.bands, self.num_q, self.num_k) > 0
+        return dense
+
+    def coverage(self, num_rows: int, num_columns: int) -> NDArray[np.float64]:
+        """``[num_rows, num_columns]`` float64: the attended share of each field of a grid laid over the mask.
+
+        Computed from the rows' areas, so its cost does not grow with the square of the length.
+        """
+        q_edges = np.linspace(0, self.num_q, num_rows + 1).round().astype(np.int64)
+        k_edges = np.linspace(0, self.num_k, num_columns + 1).round().astype(np.int64)
+        pieces, _, row = band_table.split_q(self.bands, q_edges[:-1], q_edges[1:])
+        pieces, piece, column = band_table.split_k(pieces, k_edges[:-1], k_edges[1:])
+        cells = np.bincount(
+            row[piece] * num_columns + column, weights=band_table.area(pieces), minlength=num_rows * num_columns
+        )
+        return cells.reshape(num_rows, num_columns) / np.maximum(np.outer(np.diff(q_edges), np.diff(k_edges)), 1)
+
+    def to_string(self, max_rows: int = 32, max_columns: int = 64) -> str:
+        """A drawing for a terminal, queries downwards and keys to the right; darker means more of the field is attended."""
+        num_rows, num_columns = min(max_rows, max(self.num_q, 1)), min(max_columns, max(self.num_k, 1))
+        share = self.coverage(num_rows, num_columns)
+        # Any attended cell shows, and only a field that is attended whole is black.
+        shade = np.where(share >= 1, 4, np.where(share > 0, 1 + np.minimum(share * 3, 2).astype(np.int64), 0))
+        lines = ["".join(_SHADES[s] for s in row) for row in shade]
+        title = (
+            f"AttnMask: {self.num_q:,} queries x {self.num_k:,} keys, {len(self.bands):,} rows, "
+            f"{self.area:,} cells ({1 - self.sparsity:.2%})"
+        )
+        edge = "─" * num_columns
+        return "\n".join([title, f"┌{edge}┐", *(f"│{line}│" for line in lines), f"└{edge}┘"])
+
+    def digest(self) -> bytes:
+        """32 bytes that name this value, the same in every process."""
+        lengths = np.array([self.num_q, self.num_k], np.int64)
+        return hashlib.sha256(lengths.tobytes() + self.bands.tobytes()).digest()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AttnMask):
+            return NotImplemented
+        lengths_equal = (self.num_q, self.num_k) == (other.num_q, other.num_k)
+        return lengths_equal and np.array_equal(self.bands, other.bands)
+
+    def __hash__(self) -> int:
+        return hash((self.num_q, self.num_k, self.bands.tobytes()))
+
+
+def _as_pairs(ranges: Any, name: str) -> Ints:
+    if hasattr(ranges, "to_naive_ranges"):
+        ranges = ranges.to_naive_ranges()
+    elif isinstance(ranges, Sequence):
+        ranges = [r.to_naive_range() if hasattr(r, "to_naive_range") else tuple(r) for r in ranges]
+    pairs = np.asarray(ranges, dtype=np.int64)
+    if pairs.size and (pairs.ndim != 2 or pairs.shape[1] != 2):
+        raise ValueError(f"{name} must be pairs (start, end), shape [n, 2], got shape {list(pairs.shape)}")
+    return pairs.reshape(-1, 2)
+
+
+def _as_types(types: Any, num_slices: int) -> Ints:
+    if isinstance(types, (str, int, AttnMaskType)):
+        types = [types] * num_slices
+    ints = [
+        AttnMaskType.from_int_type(int(t)).to_int_type()
+        if isinstance(t, (int, np.integer))
+        else AttnMaskType(t).to_int_type()
+        for t in types
+    ]
+    return np.asarray(ints, dtype=np.int64)
+
+
+def _check_ranges(pairs: Ints, length: int, name: str) -> None:
+    bad = np.flatnonzero((pairs[:, 0] < 0) | (pairs[:, 0] > pairs[:, 1]) | (pairs[:, 1] > length))
+    if len(bad):
+        start, end = pairs[bad[0]].tolist()
+        raise ValueError(f"{name} {bad[0]} must satisfy 0 <= start <= end <= {length}, got [{start}, {end})")
