@@ -1,0 +1,7 @@
+"""Who computes what, who sends what to whom, and when: plain numbers, no tensors, no process group."""
+
+from magi_attention.plan.exchange import Exchange
+from magi_attention.plan.layout import ShardLayout
+from magi_attention.plan.plan import AttnPlan, RankPlan, StagePlan, build_plan
+
+__all__ = ["AttnPlan", "Exchange", "RankPlan", "ShardLayout", "StagePlan", "build_plan"]

@@ -1,0 +1,88 @@
+"""Which rows each rank must receive, from whom: for all ranks at once.
+
+    rank's queries attend keys   ....#######......####....
+    who owns the keys            0000011111222220000111112
+    what it receives (rank 0)         11122       1111          rows of its own are dropped
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from magi_attention.mask.bands import K0, K1, Ints, expand, split_q
+from magi_attention.plan.layout import ShardLayout
+
+# Columns of a transfer table: rows [BEGIN, END) of the global k sequence go from rank SRC, where they begin at local row
+# SRC_LOCAL, to rank DST, in remote stage STAGE.
+STAGE, DST, SRC, BEGIN, END, SRC_LOCAL = range(6)
+
+
+def demanded_intervals(bands: Ints, q_layout: ShardLayout) -> Ints:
+    """``[n, 3]`` rows ``(rank, k_begin, k_end)``: the keys that each rank's queries attend, disjoint and ascending."""
+    pieces, _, run = split_q(bands, q_layout.runs[:, 0], q_layout.runs[:, 1])
+    return union_by_group(q_layout.runs[run, 2], pieces[:, K0], pieces[:, K1])
+
+
+def union_by_group(group: Ints, begin: Ints, end: Ints) -> Ints:
+    """``[n, 3]`` rows ``(group, begin, end)``: the union of each group's intervals, disjoint, ascending; touching ones are joined."""
+    if not len(group):
+        return np.empty((0, 3), np.int64)
+    stride = int(end.max()) + 1  # one more than any end, so that intervals of different groups never touch
+    keyed_begin, keyed_end = group * stride + begin, group * stride + end
+    order = np.argsort(keyed_begin, kind="stable")
+    keyed_begin, reach = keyed_begin[order], np.maximum.accumulate(keyed_end[order])
+    first = np.flatnonzero(np.append(True, keyed_begin[1:] > reach[:-1]))
+    last = np.append(first[1:], len(order)) - 1
+    which = keyed_begin[first] // stride
+    return np.stack([which, keyed_begin[first] - which * stride, reach[last] - which * stride], axis=1)
+
+
+def split_by_owner(intervals: Ints, k_layout: ShardLayout) -> Ints:
+    """A transfer table (stage 0) of ``(rank, k_begin, k_end)`` rows, each cut where the owner changes; own rows included.
+
+    Ordered by DST, SRC, BEGIN, which is the order of rows in DST's receive buffer.
+    """
+    rank, begin, end = intervals.T
+    runs = k_layout.runs
+    first = np.searchsorted(runs[:, 1], begin, side="right")
+    count = np.searchsorted(runs[:, 0], end, side="left") - first
+    row, run = expand(first, count)
+    begin, end = np.maximum(begin[row], runs[run, 0]), np.minimum(end[row], runs[run, 1])
+    table = np.stack(
+        [np.zeros_like(row), rank[row], runs[run, 2], begin, end, runs[run, 3] + begin - runs[run, 0]], axis=1
+    )
+    return table[np.argsort(table[:, DST] * k_layout.num_ranks + table[:, SRC], kind="stable")]
+
+
+def remote_transfers(bands: Ints, q_layout: ShardLayout, k_layout: ShardLayout) -> Ints:
+    """The transfer table of exactly the distinct rows that each rank attends and does not own."""
+    table = split_by_owner(demanded_intervals(bands, q_layout), k_layout)
+    return table[table[:, DST] != table[:, SRC]]
+
+
+def split_uniform(table: Ints, num_stages: int) -> Ints:
+    """Deal every (destination, source) pair's rows evenly to ``num_stages`` stages, in ascending order.
+
+    Every stage then asks the same of every link. Ordered by STAGE, DST, SRC, BEGIN.
+    """
+    if num_stages <= 1 or not len(table):
+        return table
+    length = table[:, END] - table[:, BEGIN]
+    first_of_pair = np.append(True, np.any(np.diff(table[:, [DST, SRC]], axis=0) != 0, axis=1))
+    pair = np.cumsum(first_of_pair) - 1
+    before = np.cumsum(length) - length
+    offset = before - before[first_of_pair][pair]  # rows of the same pair ahead of this entry
+    total = np.bincount(pair, weights=length).astype(np.int64)[pair]
+    # Stage s takes a pair's rows [total * s // n, total * (s + 1) // n).
+    first = (num_stages * (offset + 1) - 1) // total
+    last = (num_stages * (offset + length) - 1) // total
+    row, stage = expand(first, last - first + 1)
+    cut_begin = np.maximum(offset[row], total[row] * stage // num_stages) - offset[row]
+    cut_end = np.minimum((offset + length)[row], total[row] * (stage + 1) // num_stages) - offset[row]
+    parts = table[row]
+    parts[:, STAGE] = stage
+    parts[:, END] = parts[:, BEGIN] + cut_end
+    parts[:, BEGIN] += cut_begin
+    parts[:, SRC_LOCAL] += cut_begin
+    parts = parts[cut_begin < cut_end]
+    return parts[np.argsort(parts[:, STAGE], kind="stable")]

@@ -1,0 +1,105 @@
+"""From lengths, flags and a dispatch config to the layouts of both sides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from magi_attention.config import DispatchConfig
+from magi_attention.mask import AttnMask
+from magi_attention.mask.bands import Ints
+from magi_attention.plan.dispatch import chunk_areas, dispatch, place_keys, sequential
+from magi_attention.plan.layout import ShardLayout, default_chunk_size, padded_length
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkCut:
+    """A sequence cut in chunks that no rank owns yet: ``edges`` ``[num_chunks + 1]``, at most ``max_chunks`` a rank."""
+
+    total_seqlen: int
+    chunk_size: int
+    num_ranks: int
+    edges: Ints
+
+    @property
+    def max_chunks(self) -> int:
+        return -(-(len(self.edges) - 1) // self.num_ranks)
+
+    def layout(self, owner: Ints) -> ShardLayout:
+        return ShardLayout(self.total_seqlen, int(self.edges[-1]), self.chunk_size, self.num_ranks, owner)
+
+
+def cut_in_chunks(
+    total_seqlen: int, num_ranks: int, config: DispatchConfig, min_chunks_per_rank: int, pad_size: int | None
+) -> ChunkCut:
+    """Chunk size, padding and chunk borders of one side.
+
+    Raises:
+        ValueError: ``pad_size`` is neither None nor 0 and does not make whole chunks, equally many on every rank.
+    """
+    chunk_size = config.chunk_size or default_chunk_size(total_seqlen, num_ranks, min_chunks_per_rank)
+    needed = 0 if config.uneven_shard else padded_length(total_seqlen, num_ranks, chunk_size) - total_seqlen
+    pad_size = pad_size or needed
+    block = num_ranks * chunk_size
+    if pad_size < 0 or (pad_size if config.uneven_shard else (total_seqlen + pad_size) % block):
+        rule = (
+            "uneven_shard pads nothing"
+            if config.uneven_shard
+            else f"{total_seqlen} tokens and their padding must be a multiple of chunk_size {chunk_size} x {num_ranks} ranks"
+        )
+        raise ValueError(f"pad_size must be {needed} here ({rule}), got {pad_size}; leave it out to have it computed")
+    padded = total_seqlen + pad_size
+    edges = np.minimum(np.arange(-(-padded // chunk_size) + 1) * chunk_size, padded)
+    return ChunkCut(total_seqlen, chunk_size, num_ranks, edges)
+
+
+def make_layouts(
+    mask: AttnMask,
+    num_ranks: int,
+    config: DispatchConfig,
+    *,
+    is_same_source: bool,
+    is_q_permutable: bool,
+    is_k_permutable: bool,
+    pad_size: int | None,
+    min_chunks_per_rank: int,
+    q_layout: ShardLayout | None,
+    k_layout: ShardLayout | None,
+) -> tuple[ShardLayout, ShardLayout]:
+    """Layouts of q and k; arguments as in `build_plan`."""
+    if is_same_source:
+        if mask.num_q != mask.num_k or is_q_permutable != is_k_permutable:
+            raise ValueError(
+                "with is_same_source=True queries and keys are the same rows, so their totals and flags must be equal, got "
+                f"total_seqlen_q={mask.num_q}, total_seqlen_k={mask.num_k}, is_q_permutable={is_q_permutable}, "
+                f"is_k_permutable={is_k_permutable}; pass is_same_source=False for cross-attention"
+            )
+        k_layout = q_layout = q_layout if q_layout is not None else k_layout
+
+    if q_layout is None:
+        cut = cut_in_chunks(mask.num_q, num_ranks, config, min_chunks_per_rank, pad_size)
+        areas = chunk_areas(mask.bands, cut.edges)
+        owner = (
+            dispatch(areas, num_ranks, cut.max_chunks, config)
+            if is_q_permutable
+            else sequential(areas, num_ranks, cut.max_chunks)
+        )
+        q_layout = cut.layout(owner)
+    if is_same_source:
+        k_layout = q_layout
+    if k_layout is None:
+        cut = cut_in_chunks(mask.num_k, num_ranks, config, min_chunks_per_rank, None)
+        owner = (
+            place_keys(mask.bands, q_layout, cut.edges, cut.max_chunks)
+            if is_k_permutable
+            else sequential(np.zeros(len(cut.edges) - 1, np.int64), num_ranks, cut.max_chunks)
+        )
+        k_layout = cut.layout(owner)
+    for side, layout, length in (("q", q_layout, mask.num_q), ("k", k_layout, mask.num_k)):
+        if layout.total_seqlen != length or layout.num_ranks != num_ranks:
+            raise ValueError(
+                f"the {side} side has {length} tokens on {num_ranks} ranks, but the layout given for it is of "
+                f"{layout.total_seqlen} tokens on {layout.num_ranks}; give a key of the same length and group"
+            )
+    return q_layout, k_layout
