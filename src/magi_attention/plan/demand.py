@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from magi_attention.mask.bands import K0, K1, Ints, expand, split_q
+from magi_attention.plan.exchange import Exchange
 from magi_attention.plan.layout import ShardLayout
 
 # Columns of a transfer table: rows [BEGIN, END) of the global k sequence go from rank SRC, where they begin at local row
@@ -86,3 +87,20 @@ def split_uniform(table: Ints, num_stages: int) -> Ints:
     parts[:, SRC_LOCAL] += cut_begin
     parts = parts[cut_begin < cut_end]
     return parts[np.argsort(parts[:, STAGE], kind="stable")]
+
+
+def rows_by_rank(table: Ints, column: int, num_ranks: int) -> Ints:
+    """``[num_ranks]``: rows of a transfer table, counted by the ranks in ``column`` (SRC or DST)."""
+    counts = np.zeros(num_ranks, np.int64)
+    np.add.at(counts, table[:, column], table[:, END] - table[:, BEGIN])
+    return counts
+
+
+def exchange_of(table: Ints, rank: int, num_ranks: int) -> Exchange:
+    """The part of ``rank`` in carrying out a transfer table, which is ordered by DST, SRC, BEGIN."""
+    sent, received = table[table[:, SRC] == rank], table[table[:, DST] == rank]
+    return Exchange(
+        send_ranges=np.stack([sent[:, SRC_LOCAL], sent[:, SRC_LOCAL] + sent[:, END] - sent[:, BEGIN]], axis=1),
+        send_splits=tuple(rows_by_rank(sent, DST, num_ranks).tolist()),
+        recv_splits=tuple(rows_by_rank(received, SRC, num_ranks).tolist()),
+    )

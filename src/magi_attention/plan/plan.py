@@ -16,7 +16,7 @@ from magi_attention.config import DistAttnConfig
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import Ints, area
 from magi_attention.plan import demand
-from magi_attention.plan.demand import BEGIN, DST, END, SRC, SRC_LOCAL, STAGE
+from magi_attention.plan.demand import BEGIN, DST, END, SRC, STAGE
 from magi_attention.plan.exchange import Exchange
 from magi_attention.plan.layout import ShardLayout
 from magi_attention.plan.local_slices import local_pieces, segments_of_buffer, segments_of_layout, to_buffer
@@ -72,13 +72,14 @@ class AttnPlan:
 
     def _build_rank(self, rank: int) -> RankPlan:
         pieces, q_by = local_pieces(self.mask.bands, self.q_layout, rank)
-        received = self.transfers[self.transfers[:, DST] == rank]
-        sent = self.transfers[self.transfers[:, SRC] == rank]
+        own = self.transfers[(self.transfers[:, DST] == rank) | (self.transfers[:, SRC] == rank)]
         stages = []
         for stage in range(self.num_stages):
-            incoming, outgoing = received[received[:, STAGE] == stage], sent[sent[:, STAGE] == stage]
+            table = own[own[:, STAGE] == stage]
+            incoming = table[table[:, DST] == rank]
             segments = segments_of_buffer(incoming[:, BEGIN], incoming[:, END], incoming[:, SRC])
-            stages.append(StagePlan(self._exchange(incoming, outgoing), to_buffer(pieces, q_by, segments)))
+            exchange = demand.exchange_of(table, rank, self.num_ranks)
+            stages.append(StagePlan(exchange, to_buffer(pieces, q_by, segments)))
         return RankPlan(
             rank=rank,
             num_q=int(self.q_layout.num_rows[rank]),
@@ -86,19 +87,6 @@ class AttnPlan:
             host_bands=to_buffer(pieces, q_by, segments_of_layout(self.k_layout, rank)),
             stages=tuple(stages),
         )
-
-    def _exchange(self, incoming: Ints, outgoing: Ints) -> Exchange:
-        lengths = outgoing[:, END] - outgoing[:, BEGIN]
-        return Exchange(
-            send_ranges=np.stack([outgoing[:, SRC_LOCAL], outgoing[:, SRC_LOCAL] + lengths], axis=1),
-            send_splits=self._rows_by_rank(outgoing[:, DST], lengths),
-            recv_splits=self._rows_by_rank(incoming[:, SRC], incoming[:, END] - incoming[:, BEGIN]),
-        )
-
-    def _rows_by_rank(self, rank: Ints, rows: Ints) -> tuple[int, ...]:
-        counts = np.zeros(self.num_ranks, np.int64)
-        np.add.at(counts, rank, rows)
-        return tuple(counts.tolist())
 
     @cached_property
     def areas(self) -> Ints:
@@ -116,12 +104,12 @@ class AttnPlan:
     @cached_property
     def sent_rows(self) -> Ints:
         """``[num_ranks]`` k rows that each rank sends, all stages together."""
-        return np.asarray(self._rows_by_rank(self.transfers[:, SRC], self.transfers[:, END] - self.transfers[:, BEGIN]))
+        return demand.rows_by_rank(self.transfers, SRC, self.num_ranks)
 
     @cached_property
     def received_rows(self) -> Ints:
         """``[num_ranks]`` k rows that each rank receives, all stages together."""
-        return np.asarray(self._rows_by_rank(self.transfers[:, DST], self.transfers[:, END] - self.transfers[:, BEGIN]))
+        return demand.rows_by_rank(self.transfers, DST, self.num_ranks)
 
     @property
     def ring_rows(self) -> int:
@@ -211,7 +199,6 @@ def choose_num_stages(transfers: Ints, num_ranks: int, config: DistAttnConfig) -
     if not len(transfers):
         return 0
     overlap = config.overlap_config
-    received = np.zeros(num_ranks, np.int64)
-    np.add.at(received, transfers[:, DST], transfers[:, END] - transfers[:, BEGIN])
+    received = demand.rows_by_rank(transfers, DST, num_ranks)
     wanted = overlap.degree if overlap.enable else 1
     return int(max(1, min(wanted, received.max() // overlap.min_chunk_size)))

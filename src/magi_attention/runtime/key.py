@@ -1,0 +1,57 @@
+"""The value that names a plan: equal on equal arguments, hashable, safe to keep for the whole training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+from magi_attention.config import DistAttnConfig
+from magi_attention.mask import AttnMask
+
+
+@dataclass(frozen=True)
+class DistAttnRuntimeKey:
+    """Everything that a plan depends on. Made by `magi_attn_flex_key` and `magi_attn_varlen_key`.
+
+    Attributes:
+        mask: what is attended, in unpadded global coordinates.
+        num_heads_q, num_heads_kv, head_dim: of the tensors that `calc_attn` will be given.
+        cp_group: the process group over which the sequence is spread; None is one rank without torch.distributed.
+        config: dispatch and overlap settings, with the chunk size that was asked for.
+        pad_size: padding rows of q that were asked for; None where they are computed.
+        min_chunks_per_rank: how many chunks a rank gets at least where no chunk size was asked for.
+        is_same_source, is_q_permutable, is_k_permutable: see `magi_attn_flex_key`.
+        layout_key: the key whose dispatch this one keeps (a second mask), or whose q layout a side that is not permutable takes.
+        keeps_dispatch: with a layout_key, whether both sides are laid out as it lays them out.
+    """
+
+    mask: AttnMask
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    cp_group: dist.ProcessGroup | None
+    config: DistAttnConfig
+    pad_size: int | None = None
+    min_chunks_per_rank: int = 8
+    is_same_source: bool = True
+    is_q_permutable: bool = True
+    is_k_permutable: bool = True
+    layout_key: DistAttnRuntimeKey | None = field(default=None, repr=False)
+    keeps_dispatch: bool = False
+
+    @property
+    def cp_size(self) -> int:
+        return 1 if self.cp_group is None else dist.get_world_size(self.cp_group)
+
+    @property
+    def cp_rank(self) -> int:
+        return 0 if self.cp_group is None else dist.get_rank(self.cp_group)
+
+    @property
+    def total_seqlen_q(self) -> int:
+        return self.mask.num_q
+
+    @property
+    def total_seqlen_k(self) -> int:
+        return self.mask.num_k

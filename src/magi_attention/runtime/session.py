@@ -1,0 +1,89 @@
+"""What stands behind a key on this rank: the plan, this rank's part of it, and what is derived from them once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magi_attention.common.enum import AttnRole
+from magi_attention.kernels.interface import KernelMask
+from magi_attention.plan import AttnPlan, RankPlan, ShardLayout, build_plan
+from magi_attention.runtime.key import DistAttnRuntimeKey
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """A key, its plan, and caches of what kernels and collectives derive from it. ``derived``: keyed by who derives."""
+
+    key: DistAttnRuntimeKey
+    plan: AttnPlan
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def rank_plan(self) -> RankPlan:
+        return self.plan.rank(self.key.cp_rank)
+
+    @cached_property
+    def host_mask(self) -> KernelMask:
+        part = self.rank_plan
+        return KernelMask(part.host_bands, part.num_q, part.num_k)
+
+    @cached_property
+    def stage_masks(self) -> tuple[KernelMask, ...]:
+        part = self.rank_plan
+        return tuple(KernelMask(stage.bands, part.num_q, stage.exchange.num_received) for stage in part.stages)
+
+    def layout(self, role: AttnRole) -> ShardLayout:
+        """The layout of the q side, or of the k side for KEY and VALUE."""
+        return self.plan.q_layout if role == AttnRole.QUERY else self.plan.k_layout
+
+    def positions(self, role: AttnRole, device: torch.device) -> Tensor:
+        """``[num_local_rows]`` int64 on ``device``: global positions of this rank's rows, padding at or behind the total."""
+        at = ("positions", self.layout(role) is self.plan.q_layout, device)
+        if at not in self.derived:
+            self.derived[at] = torch.from_numpy(self.layout(role).positions(self.key.cp_rank)).to(device)
+        positions: Tensor = self.derived[at]
+        return positions
+
+
+def open_session(key: DistAttnRuntimeKey, layout_session: Session | None) -> Session:
+    """Plan a key. ``layout_session`` is what stands behind its ``layout_key``."""
+    q_layout = k_layout = None
+    if layout_session is not None:
+        if key.keeps_dispatch:
+            q_layout, k_layout = layout_session.plan.q_layout, layout_session.plan.k_layout
+        else:
+            q_layout, k_layout = _borrowed_layouts(key, layout_session.plan.q_layout)
+    plan = build_plan(
+        key.mask,
+        key.cp_size,
+        key.config,
+        is_same_source=key.is_same_source,
+        is_q_permutable=key.is_q_permutable,
+        is_k_permutable=key.is_k_permutable,
+        pad_size=key.pad_size,
+        min_chunks_per_rank=key.min_chunks_per_rank,
+        q_layout=q_layout,
+        k_layout=k_layout,
+    )
+    return Session(key, plan)
+
+
+def _borrowed_layouts(
+    key: DistAttnRuntimeKey, layout: ShardLayout
+) -> tuple[ShardLayout | None, ShardLayout | None]:
+    """``layout`` for the sides of ``key`` that are not permutable and have its length."""
+    fits_q = not key.is_q_permutable and key.total_seqlen_q == layout.total_seqlen
+    fits_k = not key.is_k_permutable and key.total_seqlen_k == layout.total_seqlen
+    if not (fits_q or fits_k):
+        raise ValueError(
+            f"layout_key lays out {layout.total_seqlen} queries, for a side that is not permutable and as long; got "
+            f"total_seqlen_q={key.total_seqlen_q} (is_q_permutable={key.is_q_permutable}), "
+            f"total_seqlen_k={key.total_seqlen_k} (is_k_permutable={key.is_k_permutable}). Clear the flag of the side that "
+            "layout_key is for, or leave layout_key out"
+        )
+    return layout if fits_q else None, layout if fits_k else None
