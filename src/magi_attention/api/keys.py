@@ -1,0 +1,93 @@
+"""Where a user's arguments, the environment and the cache meet: the making of keys."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch.distributed as dist
+from torch import Tensor
+
+from magi_attention import env
+from magi_attention.comm import assert_same_plan
+from magi_attention.config import DistAttnConfig
+from magi_attention.kernels.interface import AttnSettings, Backend
+from magi_attention.kernels.registry import pick
+from magi_attention.mask import AttnMask
+from magi_attention.runtime import cache, checks
+from magi_attention.runtime.key import DistAttnRuntimeKey
+from magi_attention.runtime.session import open_session
+
+
+def make_key(
+    mask: AttnMask,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    *,
+    group: dist.ProcessGroup | None,
+    config: DistAttnConfig,
+    pad_size: int | None,
+    chunk_size: int | None,
+    is_same_source: bool,
+    is_q_permutable: bool,
+    is_k_permutable: bool,
+    layout_key: DistAttnRuntimeKey | None,
+    keeps_dispatch: bool = False,
+) -> DistAttnRuntimeKey:
+    """Check, name, plan (unless the plan is cached) and remember. Arguments as in `magi_attn_flex_key`."""
+    checks.check_heads(num_heads_q, num_heads_kv, head_dim)
+    _refuse_unfinished_modes()
+    if env.sanity_check():
+        mask.validate()
+    key = DistAttnRuntimeKey(
+        mask=mask,
+        num_heads_q=num_heads_q,
+        num_heads_kv=num_heads_kv,
+        head_dim=head_dim,
+        cp_group=group,
+        config=_with_chunk_size(config, chunk_size),
+        pad_size=pad_size or None,
+        min_chunks_per_rank=env.min_chunks_per_rank(),
+        is_same_source=is_same_source,
+        is_q_permutable=is_q_permutable,
+        is_k_permutable=is_k_permutable,
+        layout_key=layout_key,
+        keeps_dispatch=keeps_dispatch,
+    )
+    session = cache.find_session(key)
+    if session is None:
+        layout_session = None if layout_key is None else cache.get_session(layout_key)
+        if layout_session is not None and layout_session.key.cp_group is not group:
+            raise ValueError("layout_key must be a key of the same cp_group_or_mesh; make one for this group")
+        session = open_session(key, layout_session)
+        cache.put_session(session, env.dist_attn_runtime_dict_size())
+    if env.sanity_check() and group is not None:
+        assert_same_plan(session.plan.digest(), group)
+    cache.note_most_recent(key)
+    return key
+
+
+def _with_chunk_size(config: DistAttnConfig, chunk_size: int | None) -> DistAttnConfig:
+    if chunk_size is None:
+        return config
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size!r}")
+    given = config.dispatch_config.chunk_size
+    if given is not None and given != chunk_size:
+        raise ValueError(
+            f"chunk_size is given twice and differently: {chunk_size} as an argument and {given} in DispatchConfig; give it once"
+        )
+    return dataclasses.replace(config, dispatch_config=dataclasses.replace(config.dispatch_config, chunk_size=chunk_size))
+
+
+def _refuse_unfinished_modes() -> None:
+    for name, is_on in (("QO_COMM", env.qo_comm()), ("HIERARCHICAL_COMM", env.hierarchical_comm())):
+        if is_on:
+            raise NotImplementedError(
+                f"MAGI_ATTENTION_{name} is not implemented yet; unset it: keys and values then move flat, each needed row once"
+            )
+
+
+def pick_backend(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings) -> Backend:
+    """The kernel for these inputs, as the environment asks."""
+    return pick(q, k, v, settings, name="reference" if env.sdpa_backend() else env.backend())

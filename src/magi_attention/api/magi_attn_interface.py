@@ -1,0 +1,400 @@
+"""Keys, and what is done with them: the calls of a training program.
+
+    key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, num_heads_q, num_heads_kv, head_dim, causal=True, cp_group_or_mesh=group)
+    x = dispatch(x, key)                       global rows -> this rank's rows
+    out, meta = calc_attn(q, k, v, key)        every layer, forward and backward
+    y = undispatch(y, key)                     this rank's rows -> global rows
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from magi_attention import env
+from magi_attention.api.functools import infer_attn_mask_from_cu_seqlens
+from magi_attention.api.keys import make_key, pick_backend
+from magi_attention.common import AttnRanges
+from magi_attention.common.enum import AttnMaskType, AttnRole
+from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.config import DistAttnConfig
+from magi_attention.kernels.interface import AttnSettings
+from magi_attention.mask import AttnMask
+from magi_attention.plan import AttnPlan
+from magi_attention.runtime import cache, checks
+from magi_attention.runtime.dist_attn import DistributedAttention, ExecutionOptions
+from magi_attention.runtime.group import group_device, resolve_group
+from magi_attention.runtime.key import DistAttnRuntimeKey
+from magi_attention.runtime.shard import Dispatch, Roll, Undispatch
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    Group = dist.ProcessGroup | DeviceMesh | None
+    MaskTypes = str | AttnMaskType | Sequence[str | AttnMaskType]
+    Lengths = Tensor | Sequence[int]
+    Ranges = AttnRanges | Sequence[Any]
+
+
+def magi_attn_varlen_key(
+    cu_seqlens_q: Lengths,
+    cu_seqlens_k: Lengths,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    pad_size: int | None = None,
+    chunk_size: int | None = None,
+    cp_group_or_mesh: Group = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    dist_attn_config: DistAttnConfig = DistAttnConfig(),  # noqa: B008 - a frozen value
+) -> DistAttnRuntimeKey:
+    """The key of packed documents, each attending itself.
+
+    Args:
+        cu_seqlens_q, cu_seqlens_k: ``[num_documents + 1]`` cumulative lengths in tokens, starting at 0 (int tensors or lists).
+        num_heads_q, num_heads_kv, head_dim: of the tensors that `calc_attn` will be given.
+        pad_size: padding rows behind q; None or 0 computes them.
+        chunk_size: tokens of a chunk, the unit that is dealt to ranks; left out, ``ceil(total / (8 * cp_size))``, where the 8 is
+            MAGI_ATTENTION_MIN_CHUNKS_PER_RANK.
+        cp_group_or_mesh: a ProcessGroup, or a 1-D or 2-D (inter-node x intra-node) DeviceMesh; left out, the default group, or
+            one rank where torch.distributed is not initialised.
+        causal: every document is causal (bottom-right aligned).
+        window_size: ``(left, right)`` as flash-attention's, -1 unbounded; not together with ``causal``.
+        dist_attn_config: dispatch and overlap settings.
+
+    Returns:
+        A hashable key. Every rank of the group must make it, with the same arguments.
+
+    Raises:
+        ValueError: cumulative lengths that do not start at 0 or descend, heads that do not group, a pad_size that does not fit,
+            chunk_size given twice and differently, causal together with a window.
+        NotImplementedError: an algorithm or mode that is not there yet.
+    """
+    q_ranges, k_ranges, types, total_q, total_k = infer_attn_mask_from_cu_seqlens(
+        _as_ints(cu_seqlens_q), _as_ints(cu_seqlens_k), causal=causal, window_size=window_size
+    )
+    return magi_attn_flex_key(
+        q_ranges,
+        k_ranges,
+        types,
+        total_q,
+        total_k,
+        num_heads_q,
+        num_heads_kv,
+        head_dim,
+        pad_size=pad_size,
+        chunk_size=chunk_size,
+        cp_group_or_mesh=cp_group_or_mesh,
+        dist_attn_config=dist_attn_config,
+        is_same_source=total_q == total_k,
+    )
+
+
+def magi_attn_flex_key(
+    q_ranges: Ranges,
+    k_ranges: Ranges,
+    attn_mask_type: MaskTypes,
+    total_seqlen_q: int,
+    total_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    pad_size: int | None = None,
+    chunk_size: int | None = None,
+    cp_group_or_mesh: Group = None,
+    dist_attn_config: DistAttnConfig = DistAttnConfig(),  # noqa: B008 - a frozen value
+    is_same_source: bool = True,
+    is_q_permutable: bool = True,
+    is_k_permutable: bool = True,
+    *,
+    layout_key: DistAttnRuntimeKey | None = None,
+) -> DistAttnRuntimeKey:
+    """The key of any mask, given as slices.
+
+    Args:
+        q_ranges, k_ranges: half-open token ranges, one of each a slice (`AttnRanges`, or lists of pairs).
+        attn_mask_type: one type for all slices, or one each: "full", "causal", "inv_causal", "bi_causal", or `AttnMaskType`.
+        total_seqlen_q, total_seqlen_k: lengths in tokens, unpadded.
+        num_heads_q, num_heads_kv, head_dim, pad_size, chunk_size, cp_group_or_mesh, dist_attn_config: see `magi_attn_varlen_key`.
+        is_same_source: keys are made of the same rows as queries (self-attention), so one layout serves both. False for
+            cross-attention, where q and k have lengths, chunks and padding of their own.
+        is_q_permutable, is_k_permutable: a side that is not is sharded in order, or as ``layout_key`` lays out its q.
+        layout_key: an earlier key of the same group.
+
+    Returns:
+        A hashable key, equal for equal arguments; the plan behind it is cached.
+
+    Raises:
+        ValueError: ranges outside the lengths, lists of unequal length, an unknown mask type, unequal totals or flags under
+            is_same_source, or what `magi_attn_varlen_key` refuses. Under MAGI_ATTENTION_SANITY_CHECK also a cell that two slices list, and
+            ranks that were given different arguments.
+        NotImplementedError: an algorithm or mode that is not there yet.
+    """
+    mask = AttnMask.from_slices(q_ranges, k_ranges, attn_mask_type, total_seqlen_q, total_seqlen_k)
+    return make_key(
+        mask,
+        num_heads_q,
+        num_heads_kv,
+        head_dim,
+        group=resolve_group(cp_group_or_mesh),
+        config=dist_attn_config,
+        pad_size=pad_size,
+        chunk_size=chunk_size,
+        is_same_source=is_same_source,
+        is_q_permutable=is_q_permutable,
+        is_k_permutable=is_k_permutable,
+        layout_key=layout_key,
+    )
+
+
+def make_varlen_key_for_new_mask_after_dispatch(
+    cu_seqlens_q: Lengths,
+    cu_seqlens_k: Lengths,
+    key_for_dispatch: DistAttnRuntimeKey,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    dist_attn_config: DistAttnConfig | None = None,
+) -> DistAttnRuntimeKey:
+    """Another mask of packed documents over rows that ``key_for_dispatch`` has dispatched (say, windowed layers).
+
+    Arguments as in `magi_attn_varlen_key`; heads, group, chunks and layout are those of ``key_for_dispatch``. Its dispatch is kept, so
+    the new mask is as balanced as that layout allows. ``dist_attn_config`` None takes the key's.
+
+    Raises:
+        ValueError: totals that differ from the key's, an evicted key, or what `magi_attn_varlen_key` refuses.
+    """
+    q_ranges, k_ranges, types, total_q, total_k = infer_attn_mask_from_cu_seqlens(
+        _as_ints(cu_seqlens_q), _as_ints(cu_seqlens_k), causal=causal, window_size=window_size
+    )
+    session = cache.get_session(key_for_dispatch)
+    for side, total, expected in (("q", total_q, session.key.total_seqlen_q), ("k", total_k, session.key.total_seqlen_k)):
+        if total != expected:
+            raise ValueError(
+                f"cu_seqlens_{side} must end at {expected}, the total of key_for_dispatch, got {total}; a mask over the same "
+                "dispatch is a mask of the same tokens"
+            )
+    return make_flex_key_for_new_mask_after_dispatch(q_ranges, k_ranges, types, key_for_dispatch, dist_attn_config)
+
+
+def make_flex_key_for_new_mask_after_dispatch(
+    q_ranges: Ranges,
+    k_ranges: Ranges,
+    attn_mask_type: MaskTypes,
+    key_for_dispatch: DistAttnRuntimeKey,
+    dist_attn_config: DistAttnConfig | None = None,
+) -> DistAttnRuntimeKey:
+    """Another mask, given as slices, over rows that ``key_for_dispatch`` has dispatched. See the varlen twin.
+
+    Raises:
+        ValueError: an evicted key, or what `magi_attn_flex_key` refuses.
+    """
+    base = cache.get_session(key_for_dispatch).key
+    mask = AttnMask.from_slices(q_ranges, k_ranges, attn_mask_type, base.total_seqlen_q, base.total_seqlen_k)
+    return make_key(
+        mask,
+        base.num_heads_q,
+        base.num_heads_kv,
+        base.head_dim,
+        group=base.cp_group,
+        config=base.config if dist_attn_config is None else dist_attn_config,
+        pad_size=base.pad_size,
+        chunk_size=None,
+        is_same_source=base.is_same_source,
+        is_q_permutable=base.is_q_permutable,
+        is_k_permutable=base.is_k_permutable,
+        layout_key=base,
+        keeps_dispatch=True,
+    )
+
+
+def magi_attn_varlen_dispatch(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, DistAttnRuntimeKey]:
+    """Deprecated: `magi_attn_varlen_key` (its arguments follow ``x``), then `dispatch`. Returns ``(local_x, key)``."""
+    _warn_deprecated("magi_attn_varlen_dispatch", "magi_attn_varlen_key")
+    key = magi_attn_varlen_key(*args, **kwargs)
+    return dispatch(x, key), key
+
+
+def magi_attn_flex_dispatch(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, DistAttnRuntimeKey]:
+    """Deprecated: `magi_attn_flex_key` (its arguments follow ``x``), then `dispatch`. Returns ``(local_x, key)``."""
+    _warn_deprecated("magi_attn_flex_dispatch", "magi_attn_flex_key")
+    key = magi_attn_flex_key(*args, **kwargs)
+    return dispatch(x, key), key
+
+
+def _warn_deprecated(name: str, key_function: str) -> None:
+    warnings.warn(f"{name} is deprecated: call {key_function}, then dispatch", DeprecationWarning, stacklevel=3)
+
+
+def dispatch(
+    x: Tensor, key: DistAttnRuntimeKey, pad_value: float = 0.0, *, attn_role: AttnRole = AttnRole.QUERY
+) -> Tensor:
+    """This rank's rows of a global tensor.
+
+    Args:
+        x: ``[total_seqlen, ...]``, the same on every rank.
+        key: made for these rows.
+        pad_value: what padding rows hold.
+        attn_role: QUERY, or KEY or VALUE for the k side, which differs under ``is_same_source=False``.
+
+    Returns:
+        ``[num_local_rows, ...]``: the rank's chunks in ascending order, padding included. Differentiable; the gradient of ``x`` is whole on
+        every rank.
+
+    Raises:
+        ValueError: another number of rows, or a key behind which no plan stands.
+    """
+    session, role = cache.get_session(key), checks.check_role(attn_role)
+    total = session.layout(role).total_seqlen
+    checks.check_rows(x, total, "x", "dispatch takes the whole, unpadded sequence")
+    local: Tensor = Dispatch.apply(x, session, role, pad_value)
+    return local
+
+
+def undispatch(
+    x: Tensor, key: DistAttnRuntimeKey, is_partial_grad: bool = False, *, attn_role: AttnRole = AttnRole.QUERY
+) -> Tensor:
+    """The global tensor, on every rank, of the ranks' rows.
+
+    Args:
+        x: ``[num_local_rows, ...]`` as `dispatch` gave them.
+        key: the key they were dispatched with.
+        is_partial_grad: False where every rank computes the same loss of the result: backward keeps this rank's rows of the
+            gradient. True where each rank's loss is its own share: the ranks' gradients are summed.
+        attn_role: see `dispatch`.
+
+    Returns:
+        ``[total_seqlen, ...]`` without padding. Differentiable.
+
+    Raises:
+        ValueError: another number of rows, or a key behind which no plan stands.
+    """
+    session, role = cache.get_session(key), checks.check_role(attn_role)
+    rows = int(session.layout(role).num_rows[session.key.cp_rank])
+    checks.check_rows(x, rows, "x", f"undispatch takes the local rows of rank {session.key.cp_rank} as dispatch gave them")
+    result: Tensor = Undispatch.apply(x, session, role, is_partial_grad)
+    return result
+
+
+def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, *, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
+    """``torch.roll`` of the global tensor along its tokens, done on the dispatched rows by exchanging those that change rank.
+
+    Args:
+        x: local rows, with ``num_local_rows`` along ``dim``.
+        shift: by how many tokens; row ``i`` goes to ``(i + shift) % total_seqlen``. For next-token labels, -1.
+        dim: the axis of tokens.
+        key: the key they were dispatched with.
+        attn_role: see `dispatch`.
+
+    Returns:
+        As ``x``. Padding rows are left as they are. Differentiable.
+
+    Raises:
+        ValueError: another number of rows along ``dim``, or a key behind which no plan stands.
+    """
+    session, role = cache.get_session(key), checks.check_role(attn_role)
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim must be an axis of x, in [{-x.dim()}, {x.dim()}), got {dim}")
+    rows = int(session.layout(role).num_rows[session.key.cp_rank])
+    moved = x.movedim(dim, 0)
+    checks.check_rows(moved, rows, f"x, with its axis {dim} first,", "roll takes the local rows as dispatch gave them")
+    rolled: Tensor = Roll.apply(moved, session, role, int(shift))
+    return rolled.movedim(0, dim)
+
+
+def get_position_ids(key: DistAttnRuntimeKey, *, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
+    """``[num_local_rows]`` int64: the global index of every local row; padding rows get the last valid one.
+
+    On the current GPU for a group on NCCL, else on the CPU.
+
+    Raises:
+        ValueError: a key behind which no plan stands.
+    """
+    session, role = cache.get_session(key), checks.check_role(attn_role)
+    positions = session.positions(role, group_device(session.key.cp_group))
+    return positions.clamp(max=max(session.layout(role).total_seqlen - 1, 0))
+
+
+def calc_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key: DistAttnRuntimeKey,
+    sink: Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    return_max_logits: bool = False,
+) -> tuple[Tensor, AttnForwardMeta]:
+    """Attention of this rank's queries to all keys that the mask gives them, wherever they are.
+
+    Args:
+        q: ``[num_local_rows_q, num_heads_q, head_dim]``.
+        k, v: ``[num_local_rows_k, num_heads_kv, head_dim]``; ``v`` may have a head_dim of its own.
+        key: the key these rows were dispatched with, or one made for a new mask after dispatch.
+        sink: ``[num_sink, num_heads_q]`` learnable logits, replicated, that join the softmax's denominator and nothing else. Its
+            gradient is this rank's share, unless MAGI_ATTENTION_DSINK_ALL_REDUCE_OP is ``sum`` or ``avg``.
+        softmax_scale: None is ``head_dim ** -0.5``.
+        softcap: logits become ``softcap * tanh(logit / softcap)``; 0 is none.
+        return_max_logits: also the largest scaled logit of each head, before softcap, over all ranks.
+
+    Returns:
+        ``out`` ``[num_local_rows_q, num_heads_q, head_dim of v]`` in q's dtype, and ``AttnForwardMeta(lse [num_local_rows_q, num_heads_q], max_logits
+        [num_heads_q] or None)``. A query that attends nothing (padding too) has output 0, lse -inf (the sink's, with one) and zero
+        gradients. Differentiable in q, k, v and sink.
+
+    Raises:
+        ValueError: tensors that are not what the key was made for, or a key behind which no plan stands.
+        CommTimeoutError: a peer did not take part within the process group's timeout; it names who.
+    """
+    session = cache.get_session(key)
+    checks.check_qkv(q, k, v, session)
+    checks.check_sink(sink, q)
+    if softcap < 0:
+        raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
+    settings = AttnSettings(
+        softmax_scale=float(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale),
+        softcap=float(softcap),
+        deterministic=env.deterministic_mode(),
+        return_max_logits=return_max_logits,
+    )
+    q, k, v = (checks.as_last_contiguous(x) for x in (q, k, v))
+    options = ExecutionOptions(
+        backend=pick_backend(q, k, v, settings),
+        settings=settings,
+        high_precision_backward=env.backward_high_precision_reduce(),
+        dsink_reduce_op=env.dsink_all_reduce_op(),
+    )
+    out, lse, max_logits = DistributedAttention.apply(q, k, v, sink, session, options)
+    return out, AttnForwardMeta(lse=lse, max_logits=max_logits)
+
+
+def get_most_recent_key(cp_group: Group = None) -> DistAttnRuntimeKey:
+    """The key made last for a group (left out: the default one).
+
+    Raises:
+        ValueError: none was made yet.
+    """
+    return cache.most_recent_key(resolve_group(cp_group))
+
+
+def plan_of(key: DistAttnRuntimeKey) -> AttnPlan:
+    """The plan behind a key: who computes what, who sends what, and when. ``plan.describe()`` prints it.
+
+    Raises:
+        ValueError: a key behind which no plan stands.
+    """
+    return cache.get_session(key).plan
+
+
+def clear_cache(cp_group: Group = None) -> None:
+    """Forget the keys of a group, or, left out, of every group. Keys made before are then refused."""
+    cache.clear_sessions(None if cp_group is None else resolve_group(cp_group), all_groups=cp_group is None)
+
+
+def _as_ints(lengths: Lengths) -> list[int]:
+    return [int(x) for x in (lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths)]
