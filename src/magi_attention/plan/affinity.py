@@ -22,12 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.mask.bands import K0, K1, Ints, expand, split_q
+from magi_attention.plan.balance import sequential
 from magi_attention.plan.demand import union_by_group
 
 Counts = NDArray[np.int32]
 
 # The best this many swaps, by their estimated gain, are worked out exactly before one is made.
 _NUM_EXACT = 6
+_MOST_RELIEFS = 128
+# Of the others' chunks, the ones whose coming and going alone costs least are looked at.
+_NUM_THEIRS = 1024
 _NEVER = np.iinfo(np.int64).max
 
 
@@ -56,25 +60,44 @@ def chunk_demand(bands: Ints, areas: Ints, q_edges: Ints, k_edges: Ints, owns_co
     return ChunkDemand(areas, chunk, first, last, np.diff(k_edges), owns_columns)
 
 
-def affinity(demand: ChunkDemand, num_ranks: int, max_chunks: int, area_limit: int) -> Ints:
+def affinity(demand: ChunkDemand, num_ranks: int, area_limit: int) -> Ints:
     """``[num_chunks]`` owners, equally many chunks a rank. ``area_limit``: largest area of a rank to aim at."""
     num_chunks = len(demand.areas)
     starts = [two_walks(demand.areas, num_ranks, by_level=level) for level in (False, True)]
-    in_order = contiguous(num_chunks, num_ranks)
+    in_order = sequential(demand.areas, num_ranks, -(-num_chunks // num_ranks))
     if np.bincount(in_order, weights=demand.areas, minlength=num_ranks).max(initial=0) <= area_limit:
         starts.append(in_order)
     received = [int(received_rows(demand, count_needs(demand, start, num_ranks), start).sum()) for start in starts]
     search = SwapSearch(demand, starts[int(np.argmin(received))], num_ranks)
     search.mend(area_limit, num_swaps=2 * num_ranks)
-    search.relieve(area_limit, num_swaps=num_ranks)
+    search.relieve(area_limit, num_swaps=min(num_ranks, _MOST_RELIEFS))
     search.reduce(area_limit, num_rounds=1)
     return search.owner
 
 
-def contiguous(num_chunks: int, num_ranks: int) -> Ints:
-    """Chunks in order, evenly."""
-    edges = np.arange(num_ranks + 1) * num_chunks // num_ranks
-    return np.repeat(np.arange(num_ranks), np.diff(edges))
+def top_p_heap(demand: ChunkDemand, num_ranks: int, max_chunks: int, top_p: float) -> Ints:
+    """Largest chunk first, to that of the least loaded ``top_p`` share of ranks which already needs most of its columns.
+
+    With ``top_p`` 0 (one rank), this is `min_heap`.
+    """
+    starts = np.searchsorted(demand.chunk, np.arange(len(demand.areas) + 1))
+    owner = np.empty(len(demand.areas), np.int64)
+    needs = np.zeros((num_ranks, len(demand.rows)), bool)
+    load, count = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
+    for chunk in np.argsort(-demand.areas, kind="stable").tolist():
+        columns = np.concatenate(
+            [np.arange(demand.first[at], demand.last[at]) for at in range(starts[chunk], starts[chunk + 1])]
+            or [np.empty(0, np.int64)]
+        )
+        open_ranks = np.flatnonzero(count < max_chunks)
+        candidates = open_ranks[np.argsort(load[open_ranks], kind="stable")[: max(1, int(top_p * len(open_ranks)))]]
+        shared = (needs[np.ix_(candidates, columns)] * demand.rows[columns]).sum(axis=1)
+        rank = int(candidates[np.argmax(shared)])
+        owner[chunk] = rank
+        needs[rank, columns] = True
+        load[rank] += demand.areas[chunk]
+        count[rank] += 1
+    return owner
 
 
 def two_walks(areas: Ints, num_ranks: int, *, by_level: bool) -> Ints:
@@ -188,15 +211,17 @@ class SwapSearch:
             rank = int(np.argmax(area))
             if area[rank] <= area_limit:
                 return
-            view = SwapView(self, rank)
+            # Only a rank below the mean takes load over, and only for a chunk lighter than our heaviest.
+            lighter = self.demand.areas < self.demand.areas[self.owner == rank].max()
+            view = SwapView(self, rank, lighter & (self.area * self.num_ranks < self.area.sum())[self.owner])
             worst = view.worst_area()
             fits = worst <= area_limit
             if fits.any():
                 score = np.where(fits, view.change_in_all(), _NEVER)
             else:  # no swap fits: take the largest step down
                 score = np.where(worst < self.area[rank], worst, _NEVER)
-            best = int(np.argmin(score))
-            if score.flat[best] == _NEVER:
+            best = int(np.argmin(score)) if score.size else -1
+            if best < 0 or score.flat[best] == _NEVER:
                 stuck[rank] = True
             else:
                 self._swap(*view.pair(best))
@@ -269,24 +294,27 @@ class SwapSearch:
 
 
 class SwapView:
-    """Every swap of a chunk of ``rank`` for one of the others' chunks: ``[len(ours), len(theirs)]`` matrices.
+    """Swaps of a chunk of ``rank`` for one of the others' chunks (``among`` ``[num_chunks]`` bool): ``[len(ours), len(theirs)]`` matrices.
 
     Received counts are estimates: columns that both chunks attend are counted as if the other chunk stayed.
     """
 
-    def __init__(self, search: SwapSearch, rank: int) -> None:
+    def __init__(self, search: SwapSearch, rank: int, among: NDArray[np.bool_] | None = None) -> None:
         self.search, self.rank = search, rank
         demand = search.demand
         self.ours = ours = np.flatnonzero(search.owner == rank)
-        # Only chunks that differ enough in area can matter to balance, but any may matter to what moves.
-        self.theirs = theirs = np.flatnonzero(search.owner != rank)
-        self.partner = search.owner[theirs]
+        others = search.owner != rank
+        theirs = np.flatnonzero(others if among is None else others & among)
         gained = search._over_demand(search.unneeded[rank], theirs)
         given = search._over_demand(search.unneeded, ours).T  # [len(ours), num_ranks]
         if demand.owns_columns:
             gained -= np.where(search.attends_itself[theirs] | (search.needs[rank, theirs] > 0), demand.rows[theirs], 0)
             comes_home = search.attends_itself[ours][:, None] | (search.needs[:, ours].T > 0)
             given = given - np.where(comes_home, demand.rows[ours][:, None], 0)
+        if len(theirs) > _NUM_THEIRS:
+            nearest = np.argpartition(gained - search.freed[theirs], _NUM_THEIRS)[:_NUM_THEIRS]
+            theirs, gained = theirs[nearest], gained[nearest]
+        self.theirs, self.partner = theirs, search.owner[theirs]
         self.our_change = gained  # [len(theirs)], less what our chunk frees
         self.given = given
 

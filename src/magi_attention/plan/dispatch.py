@@ -1,46 +1,113 @@
-"""Which rank gets which chunk: algorithms in a table.
-
-Each is a function ``(areas, num_ranks, max_chunks) -> owner``: ``areas`` ``[num_chunks]`` attended cells of each chunk, at most ``max_chunks``
-chunks a rank; ``owner`` ``[num_chunks]`` int64. All are deterministic.
-"""
+"""Which rank gets which chunk: the algorithms of the config, in a table."""
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from magi_attention.config import DispatchConfig, MinHeapDispatchAlg, SequentialDispatchAlg
+from magi_attention.config import (
+    AffinityDispatchAlg,
+    BSDispatchAlg,
+    DispatchConfig,
+    DPDispatchAlg,
+    LBDispatchAlg,
+    MinHeapDispatchAlg,
+    SequentialDispatchAlg,
+    SortedSequentialSelectAlg,
+    ToppHeapDispatchAlg,
+)
 from magi_attention.mask.bands import K0, K1, Ints, area, split_k, split_q
+from magi_attention.plan import balance
+from magi_attention.plan.affinity import ChunkDemand, affinity, chunk_demand, count_needs, received_rows, top_p_heap
 from magi_attention.plan.layout import ShardLayout
 
-DispatchFunction = Callable[[Ints, int, int], Ints]
+# How far over the mean a rank's area may be where that saves communication, unless min-heap itself is further over.
+AREA_SLACK = 1.045
 
 
-def min_heap(areas: Ints, num_ranks: int, max_chunks: int) -> Ints:
-    """Largest chunk first, each to the least loaded rank that has room (Graham 1969, longest processing time)."""
-    owner = np.empty(len(areas), np.int64)
-    heap = [(0, rank, 0) for rank in range(num_ranks)]
-    for chunk in np.argsort(-areas, kind="stable").tolist():
-        load, rank, count = heapq.heappop(heap)
-        owner[chunk] = rank
-        if count + 1 < max_chunks:
-            heapq.heappush(heap, (load + int(areas[chunk]), rank, count + 1))
-    return owner
+@dataclass(frozen=True, eq=False)
+class DispatchProblem:
+    """Chunks that want owners.
+
+    ``bands``: ``[n, 6]`` the mask. ``q_edges`` ``[num_chunks + 1]``: where chunks begin, and the end. ``k_edges``: the same of the keys, whose chunks are
+    owned with the queries' where ``owns_columns`` (self-attention). ``areas``: ``[num_chunks]`` attended cells.
+    """
+
+    bands: Ints
+    q_edges: Ints
+    k_edges: Ints
+    owns_columns: bool
+    areas: Ints
+    num_ranks: int
+
+    @property
+    def max_chunks(self) -> int:
+        """Chunks that a rank may hold: the same number for all, or one less under uneven shards."""
+        return -(-len(self.areas) // self.num_ranks)
+
+    def demand(self) -> ChunkDemand:
+        return chunk_demand(self.bands, self.areas, self.q_edges, self.k_edges, self.owns_columns)
 
 
-def sequential(areas: Ints, num_ranks: int, max_chunks: int) -> Ints:
-    """Chunks in order, as many to each rank as evenly divides them."""
-    num_chunks = len(areas)
-    edges = np.arange(num_ranks + 1) * num_chunks // num_ranks
-    return np.repeat(np.arange(num_ranks), np.diff(edges))
+def _by_area(function: Callable[[Ints, int, int], Ints], problem: DispatchProblem, alg: Any) -> Ints:
+    return function(problem.areas, problem.num_ranks, problem.max_chunks)
 
 
-ALGORITHMS: dict[type, DispatchFunction] = {
-    MinHeapDispatchAlg: min_heap,
-    SequentialDispatchAlg: sequential,
+def _affinity(problem: DispatchProblem, alg: AffinityDispatchAlg) -> Ints:
+    """Within the area that min-heap or the slack allows, the fewest rows received; min-heap's own where that is no worse."""
+    heap = balance.min_heap(problem.areas, problem.num_ranks, problem.max_chunks)
+    if problem.num_ranks == 1 or len(problem.areas) == 0:
+        return heap
+    demand = problem.demand()
+
+    def largest(owner: Ints) -> int:
+        return int(np.bincount(owner, weights=problem.areas, minlength=problem.num_ranks).max())
+
+    limit = max(int(AREA_SLACK * problem.areas.sum() / problem.num_ranks), largest(heap))
+    found = affinity(demand, problem.num_ranks, limit)
+
+    def cost(owner: Ints) -> tuple[int, int, int]:
+        received = received_rows(demand, count_needs(demand, owner, problem.num_ranks), owner)
+        return max(0, largest(owner) - limit), int(received.max()), int(received.sum())
+
+    return min(found, heap, key=cost)
+
+
+def _top_p_heap(problem: DispatchProblem, alg: ToppHeapDispatchAlg) -> Ints:
+    return top_p_heap(problem.demand(), problem.num_ranks, problem.max_chunks, alg.top_p)
+
+
+def _lower_bound(problem: DispatchProblem, alg: LBDispatchAlg) -> Ints:
+    bound = balance.lower_bound(problem.areas, problem.num_ranks, problem.max_chunks)
+    raise ValueError(
+        f"LBDispatchAlg only bounds the largest area of a rank (here {bound:,} cells) and assigns nothing; use BSDispatchAlg or "
+        "MinHeapDispatchAlg, which come close to the bound"
+    )
+
+
+ALGORITHMS: dict[type, Callable[[DispatchProblem, Any], Ints]] = {
+    AffinityDispatchAlg: _affinity,
+    MinHeapDispatchAlg: partial(_by_area, balance.min_heap),
+    SequentialDispatchAlg: partial(_by_area, balance.sequential),
+    SortedSequentialSelectAlg: partial(_by_area, balance.sorted_sequential),
+    ToppHeapDispatchAlg: _top_p_heap,
+    LBDispatchAlg: _lower_bound,
+    DPDispatchAlg: partial(_by_area, balance.dynamic_programming),
+    BSDispatchAlg: partial(_by_area, balance.binary_search),
 }
+
+
+def dispatch(problem: DispatchProblem, config: DispatchConfig) -> Ints:
+    """``[num_chunks]`` owners by the algorithm that ``config`` names.
+
+    Raises:
+        ValueError: an algorithm that only bounds, or that cannot take so many chunks; it names what can.
+    """
+    return ALGORITHMS[type(config.alg)](problem, config.alg)
 
 
 def chunk_areas(bands: Ints, chunk_edges: Ints) -> Ints:
@@ -51,19 +118,10 @@ def chunk_areas(bands: Ints, chunk_edges: Ints) -> Ints:
     return areas
 
 
-def dispatch(areas: Ints, num_ranks: int, max_chunks: int, config: DispatchConfig) -> Ints:
-    """Owners by the algorithm that ``config`` names."""
-    algorithm = ALGORITHMS.get(type(config.alg))
-    if algorithm is None:
-        ready = ", ".join(sorted(kind.__name__ for kind in ALGORITHMS))
-        raise NotImplementedError(f"{type(config.alg).__name__} is not implemented yet; until then use one of {ready}")
-    return algorithm(areas, num_ranks, max_chunks)
-
-
 def place_keys(bands: Ints, q_layout: ShardLayout, chunk_edges: Ints, max_chunks: int) -> Ints:
     """Owners of key chunks, where keys may be placed apart from queries: where most of a chunk's rows are attended.
 
-    Chunks that the fewest ranks want are the first to choose; ties go to the lower rank.
+    Chunks whose best rank matters most choose first; ties go to the lower rank.
     """
     num_chunks, num_ranks = len(chunk_edges) - 1, q_layout.num_ranks
     pieces, _, run = split_q(bands, q_layout.runs[:, 0], q_layout.runs[:, 1])
@@ -72,9 +130,9 @@ def place_keys(bands: Ints, q_layout: ShardLayout, chunk_edges: Ints, max_chunks
     np.add.at(wanted, (chunk, q_layout.runs[run[piece], 2]), parts[:, K1] - parts[:, K0])
     owner = np.empty(num_chunks, np.int64)
     room = np.full(num_ranks, max_chunks)
-    regret = wanted.max(axis=1, initial=0) - np.median(wanted, axis=1) if num_ranks > 1 else np.zeros(num_chunks)
-    for at in np.argsort(-regret, kind="stable").tolist():
-        rank = int(np.argmax(np.where(room > 0, wanted[at], -1)))
-        owner[at] = rank
+    advantage = wanted.max(axis=1, initial=0) * num_ranks - wanted.sum(axis=1)
+    for chunk_index in np.argsort(-advantage, kind="stable").tolist():
+        rank = int(np.argmax(np.where(room > 0, wanted[chunk_index], -1)))
+        owner[chunk_index] = rank
         room[rank] -= 1
     return owner

@@ -9,7 +9,8 @@ import numpy as np
 from magi_attention.config import DispatchConfig
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import Ints
-from magi_attention.plan.dispatch import chunk_areas, dispatch, place_keys, sequential
+from magi_attention.plan.balance import sequential
+from magi_attention.plan.dispatch import DispatchProblem, chunk_areas, dispatch, place_keys
 from magi_attention.plan.layout import ShardLayout, default_chunk_size, padded_length
 
 
@@ -80,11 +81,11 @@ def make_layouts(
     if q_layout is None:
         cut = cut_in_chunks(mask.num_q, num_ranks, config, min_chunks_per_rank, pad_size)
         areas = chunk_areas(mask.bands, cut.edges)
-        owner = (
-            dispatch(areas, num_ranks, cut.max_chunks, config)
-            if is_q_permutable
-            else sequential(areas, num_ranks, cut.max_chunks)
-        )
+        if is_q_permutable:
+            k_edges = cut.edges if is_same_source else cut_in_chunks(mask.num_k, num_ranks, config, min_chunks_per_rank, None).edges
+            owner = dispatch(DispatchProblem(mask.bands, cut.edges, k_edges, is_same_source, areas, num_ranks), config)
+        else:
+            owner = sequential(areas, num_ranks, cut.max_chunks)
         q_layout = cut.layout(owner)
     if is_same_source:
         k_layout = q_layout
