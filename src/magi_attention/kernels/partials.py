@@ -1,0 +1,49 @@
+"""Merging attention over some keys with attention over others, by their log-sum-exps.
+
+Shapes: num_q tokens, hq query heads, dv head dim of v.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from magi_attention.kernels.interface import Partial
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over keys are made: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def finite_lse(lse: Tensor) -> Tensor:
+    """``lse`` with 0 in place of ``-inf``, so that ``exp(x - lse)`` is 0, not NaN, where both are ``-inf``."""
+    return lse.masked_fill(lse == -math.inf, 0.0)
+
+
+def empty_partial(
+    num_q: int, num_heads_q: int, head_dim_v: int, dtype: torch.dtype, device: torch.device, *, with_max_logits: bool
+) -> Partial:
+    """Attention over no keys, the neutral element of `merge_`: ``out`` 0, ``lse`` and ``max_logits`` ``-inf``."""
+    out = torch.zeros(num_q, num_heads_q, head_dim_v, dtype=dtype, device=device)
+    lse = torch.full((num_q, num_heads_q), -math.inf, dtype=accumulation_dtype(dtype), device=device)
+    max_logits = torch.full((num_heads_q,), -math.inf, dtype=lse.dtype, device=device) if with_max_logits else None
+    return Partial(out, lse, max_logits)
+
+
+def merge_(into: Partial, other: Partial) -> Partial:
+    """Add the keys of ``other`` to those of ``into``, in place; returns ``into``.
+
+    ``into.out`` is in the accumulation dtype. With ``l`` the merged lse, ``out = out_a * exp(l_a - l) + out_b * exp(l_b - l)``. Either
+    lse may be ``-inf`` (its out is then 0); where both are, the row stays 0 and ``-inf``.
+    """
+    lse = torch.logaddexp(into.lse, other.lse)
+    base = finite_lse(lse)
+    into.out.mul_(torch.exp(into.lse - base).unsqueeze(-1))
+    into.out.add_(other.out * torch.exp(other.lse - base).unsqueeze(-1))
+    into.lse.copy_(lse)
+    if into.max_logits is not None and other.max_logits is not None:
+        torch.maximum(into.max_logits, other.max_logits, out=into.max_logits)
+    return into

@@ -1,0 +1,98 @@
+"""Attention as its formula reads: dense, in the accumulation dtype, on any device. The twin that the other backends are held to.
+
+Its memory grows with ``num_q * num_k``; it is for float64, tests and small inputs.
+
+Shapes: i queries, j keys, h query heads, d head dim of q/k, e head dim of v. k and v are repeated to the query heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from magi_attention.kernels.interface import AttnSettings, KernelMask, Partial
+from magi_attention.kernels.partials import accumulation_dtype, finite_lse, merge_
+from magi_attention.mask.bands import to_dense
+
+name = "reference"
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings) -> str | None:
+    return None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: KernelMask,
+    settings: AttnSettings,
+    *,
+    into: Partial | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Partial:
+    wide = accumulation_dtype(q.dtype)
+    q, k, v = q.to(wide), _repeat_heads(k, q).to(wide), _repeat_heads(v, q).to(wide)
+    attended = _attended(mask, q.device)
+    scaled = settings.softmax_scale * torch.einsum("ihd,jhd->hij", q, k)
+    logits = _cap(scaled, settings.softcap).masked_fill(~attended, -math.inf)
+    lse = torch.logsumexp(logits, dim=-1)  # [h, i]
+    probs = torch.exp(logits - finite_lse(lse).unsqueeze(-1))
+    out = torch.einsum("hij,jhe->ihe", probs, v)
+    max_logits = None
+    if settings.return_max_logits:
+        nothing = scaled.new_full((len(scaled), 1), -math.inf)
+        max_logits = torch.cat([scaled.masked_fill(~attended, -math.inf).flatten(1), nothing], dim=1).amax(dim=1)
+    partial = Partial(out, lse.transpose(0, 1).contiguous(), max_logits)
+    return merge_(into, partial) if into is not None else partial._replace(out=out.to(out_dtype or wide))
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    mask: KernelMask,
+    settings: AttnSettings,
+    *,
+    dq: Tensor | None = None,
+    grad_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = accumulation_dtype(q.dtype)
+    grad_dtype = grad_dtype or wide
+    num_heads_kv = k.shape[1]
+    q, k, v, dout = q.to(wide), _repeat_heads(k, q).to(wide), _repeat_heads(v, q).to(wide), dout.to(wide)
+    capped = _cap(settings.softmax_scale * torch.einsum("ihd,jhd->hij", q, k), settings.softcap)
+    logits = capped.masked_fill(~_attended(mask, q.device), -math.inf)
+    lse_h, delta_h = lse.transpose(0, 1).unsqueeze(-1), delta.transpose(0, 1).unsqueeze(-1)  # [h, i, 1]
+    probs = torch.exp(logits - finite_lse(lse_h)).masked_fill(lse_h == -math.inf, 0.0)
+    dlogits = probs * (torch.einsum("ihe,jhe->hij", dout, v) - delta_h)
+    if settings.softcap > 0:
+        dlogits = dlogits * (1 - (capped / settings.softcap) ** 2)  # d tanh = 1 - tanh^2
+    dscaled = settings.softmax_scale * dlogits
+    new_dq = torch.einsum("hij,jhd->ihd", dscaled, k)
+    dk = _sum_heads(torch.einsum("hij,ihd->jhd", dscaled, q), num_heads_kv).to(grad_dtype)
+    dv = _sum_heads(torch.einsum("hij,ihe->jhe", probs, dout), num_heads_kv).to(grad_dtype)
+    return (new_dq.to(grad_dtype) if dq is None else dq.add_(new_dq)), dk, dv
+
+
+def _attended(mask: KernelMask, device: torch.device) -> Tensor:
+    """``[num_q, num_k]`` bool."""
+    return torch.from_numpy(to_dense(mask.bands, mask.num_q, mask.num_k) > 0).to(device)
+
+
+def _cap(scaled: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(scaled / softcap) if softcap > 0 else scaled
+
+
+def _repeat_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Head ``h`` of q attends head ``h // (hq / hk)`` of k and v."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def _sum_heads(grad: Tensor, num_heads_kv: int) -> Tensor:
+    return grad.unflatten(1, (num_heads_kv, -1)).sum(dim=2)
