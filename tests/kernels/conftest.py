@@ -30,6 +30,7 @@ class Tested:
 
 TESTED = (
     Tested("reference", (torch.float64, *LOW)),
+    Tested("tiled", (torch.float64, *LOW)),
     Tested("cpu", LOW),
 )
 

@@ -23,13 +23,15 @@ def finite_lse(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -math.inf, 0.0)
 
 
-def empty_partial(
-    num_q: int, num_heads_q: int, head_dim_v: int, dtype: torch.dtype, device: torch.device, *, with_max_logits: bool
-) -> Partial:
-    """Attention over no keys, the neutral element of `merge_`: ``out`` 0, ``lse`` and ``max_logits`` ``-inf``."""
-    out = torch.zeros(num_q, num_heads_q, head_dim_v, dtype=dtype, device=device)
-    lse = torch.full((num_q, num_heads_q), -math.inf, dtype=accumulation_dtype(dtype), device=device)
-    max_logits = torch.full((num_heads_q,), -math.inf, dtype=lse.dtype, device=device) if with_max_logits else None
+def empty_partial(q: Tensor, head_dim_v: int, out_dtype: torch.dtype | None = None, *, with_max_logits: bool) -> Partial:
+    """What queries ``q`` ``[num_q, hq, d]`` get from no keys, the neutral element of `merge_`: ``out`` 0, the rest ``-inf``.
+
+    ``out_dtype`` left out is the accumulation dtype.
+    """
+    (num_q, hq, _), wide = q.shape, accumulation_dtype(q.dtype)
+    out = torch.zeros(num_q, hq, head_dim_v, dtype=out_dtype or wide, device=q.device)
+    lse = torch.full((num_q, hq), -math.inf, dtype=wide, device=q.device)
+    max_logits = torch.full((hq,), -math.inf, dtype=wide, device=q.device) if with_max_logits else None
     return Partial(out, lse, max_logits)
 
 

@@ -12,12 +12,13 @@ from magi_attention.kernels.interface import AttnSettings, Backend
 # Modules are imported when first picked: a backend that is not used costs nothing and may need what is not installed.
 BACKENDS: dict[str, str] = {
     "reference": "magi_attention.kernels.reference",
+    "tiled": "magi_attention.kernels.tiled",
     "cpu": "magi_attention.kernels.cpu",
 }
 
 # What "auto" tries on a device, best first. The last takes anything, so there is always one.
-_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton", "reference")}
-_PREFERRED_ELSEWHERE = ("reference",)
+_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "tiled"), "cuda": ("triton", "tiled")}
+_PREFERRED_ELSEWHERE = ("tiled",)
 
 
 def pick(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings, name: str = "auto") -> Backend:
