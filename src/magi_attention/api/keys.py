@@ -77,7 +77,9 @@ def _with_chunk_size(config: DistAttnConfig, chunk_size: int | None) -> DistAttn
         raise ValueError(
             f"chunk_size is given twice and differently: {chunk_size} as an argument and {given} in DispatchConfig; give it once"
         )
-    return dataclasses.replace(config, dispatch_config=dataclasses.replace(config.dispatch_config, chunk_size=chunk_size))
+    return dataclasses.replace(
+        config, dispatch_config=dataclasses.replace(config.dispatch_config, chunk_size=chunk_size)
+    )
 
 
 def _refuse_unfinished_modes() -> None:

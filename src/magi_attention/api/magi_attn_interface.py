@@ -1,9 +1,9 @@
 """Keys, and what is done with them: the calls of a training program.
 
-    key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, num_heads_q, num_heads_kv, head_dim, causal=True, cp_group_or_mesh=group)
-    x = dispatch(x, key)                       global rows -> this rank's rows
-    out, meta = calc_attn(q, k, v, key)        every layer, forward and backward
-    y = undispatch(y, key)                     this rank's rows -> global rows
+key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, num_heads_q, num_heads_kv, head_dim, causal=True, cp_group_or_mesh=group)
+x = dispatch(x, key)                       global rows -> this rank's rows
+out, meta = calc_attn(q, k, v, key)        every layer, forward and backward
+y = undispatch(y, key)                     this rank's rows -> global rows
 """
 
 from __future__ import annotations
@@ -173,7 +173,10 @@ def make_varlen_key_for_new_mask_after_dispatch(
         _as_ints(cu_seqlens_q), _as_ints(cu_seqlens_k), causal=causal, window_size=window_size
     )
     session = cache.get_session(key_for_dispatch)
-    for side, total, expected in (("q", total_q, session.key.total_seqlen_q), ("k", total_k, session.key.total_seqlen_k)):
+    for side, total, expected in (
+        ("q", total_q, session.key.total_seqlen_q),
+        ("k", total_k, session.key.total_seqlen_k),
+    ):
         if total != expected:
             raise ValueError(
                 f"cu_seqlens_{side} must end at {expected}, the total of key_for_dispatch, got {total}; a mask over the same "
@@ -276,7 +279,9 @@ def undispatch(
     """
     session, role = cache.get_session(key), checks.check_role(attn_role)
     rows = int(session.layout(role).num_rows[session.key.cp_rank])
-    checks.check_rows(x, rows, "x", f"undispatch takes the local rows of rank {session.key.cp_rank} as dispatch gave them")
+    checks.check_rows(
+        x, rows, "x", f"undispatch takes the local rows of rank {session.key.cp_rank} as dispatch gave them"
+    )
     result: Tensor = Undispatch.apply(x, session, role, is_partial_grad)
     return result
 

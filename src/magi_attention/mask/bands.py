@@ -61,11 +61,7 @@ def slices_from_bands(bands: Ints) -> tuple[Ints, Ints, Ints]:
     slants until it reaches ``k1``, then is level. Between those two turns both ends are of one kind, which is one slice.
     """
     q0, q1, k0, k1, lo, hi = bands.T
-    left_turn = np.clip(k0 - lo, q0, q1)
-    right_turn = np.clip(k1 - hi, q0, q1)
-    # One query alone is level and slanted at once: call it what saves a slice.
-    left_turn = np.where(left_turn >= q1 - 1, q1, left_turn)
-    right_turn = np.where(right_turn <= q0 + 1, q0, right_turn)
+    left_turn, right_turn = _turns(bands)
     cuts = np.stack([q0, np.minimum(left_turn, right_turn), np.maximum(left_turn, right_turn), q1], axis=1)
     starts, ends = cuts[:, :3].ravel(), cuts[:, 1:].ravel()
     row = np.repeat(np.arange(len(bands)), 3)[starts < ends]
@@ -75,6 +71,20 @@ def slices_from_bands(bands: Ints) -> tuple[Ints, Ints, Ints]:
     k_ends = np.where(slanted_right, ends + hi[row], k1[row])
     types = np.where(slanted_left, INVCAUSAL, FULL) + np.where(slanted_right, CAUSAL, FULL)
     return np.stack([starts, ends], axis=1), np.stack([k_starts, k_ends], axis=1), types
+
+
+def _turns(bands: Ints) -> tuple[Ints, Ints]:
+    """``[n]`` each: the query from which the left end slants, and from which the right end is level."""
+    q0, q1, k0, k1, lo, hi = bands.T
+    left_turn = np.clip(k0 - lo, q0, q1)
+    right_turn = np.clip(k1 - hi, q0, q1)
+    # One query alone is level and slanted at once: call it what saves a slice.
+    left_turn = np.where(left_turn >= q1 - 1, q1, left_turn)
+    right_turn = np.where(right_turn <= q0 + 1, q0, right_turn)
+    # For the same reason two turns at most two queries apart can be made one.
+    close = (q0 < left_turn) & (left_turn < right_turn) & (right_turn <= left_turn + 2) & (right_turn < q1)
+    left_turn, right_turn = (np.where(close, left_turn + 1, turn) for turn in (left_turn, right_turn))
+    return left_turn, right_turn
 
 
 def area(bands: Ints) -> Ints:

@@ -1,8 +1,8 @@
 """Which rows each rank must receive, from whom: for all ranks at once.
 
-    rank's queries attend keys   ....#######......####....
-    who owns the keys            0000011111222220000111112
-    what it receives (rank 0)         11122       1111          rows of its own are dropped
+rank's queries attend keys   ....#######......####....
+who owns the keys            0000011111222220000111112
+what it receives (rank 0)         11122       1111          rows of its own are dropped
 """
 
 from __future__ import annotations

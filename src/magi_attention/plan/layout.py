@@ -1,9 +1,9 @@
 """Which rank holds which rows of a sequence.
 
-    tokens   0    4    8    12   16          chunk_size 4, owner [0, 1, 1, 0]
-             |  0 |  1 |  1 |  0 |
-    rank 0   [0..4) -> rows 0..4, [12..16) -> rows 4..8
-    rank 1   [4..12) -> rows 0..8             neighbouring chunks of one rank are one run
+tokens   0    4    8    12   16          chunk_size 4, owner [0, 1, 1, 0]
+         |  0 |  1 |  1 |  0 |
+rank 0   [0..4) -> rows 0..4, [12..16) -> rows 4..8
+rank 1   [4..12) -> rows 0..8             neighbouring chunks of one rank are one run
 """
 
 from __future__ import annotations

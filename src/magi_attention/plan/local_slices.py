@@ -81,12 +81,16 @@ def _full_rows(begin: Ints, end: Ints, segments: Ints) -> Ints:
     stride = max(int(segments[:, STOP].max()), int(end.max())) + 1
     keyed_stop = segments[:, SOURCE] * stride + segments[:, STOP]
 
-    def row_of(position: Ints) -> Ints:  # [p] -> [p, num_sources]: the first buffer row of the source at or behind position
+    def row_of(
+        position: Ints,
+    ) -> Ints:  # [p] -> [p, num_sources]: the first buffer row of the source at or behind position
         wanted = position[:, None] + np.arange(num_sources) * stride
         at = np.minimum(np.searchsorted(keyed_stop, wanted, side="right"), len(segments) - 1)
         segment = segments[at]
         inside = np.clip(position[:, None] - segment[..., START], 0, segment[..., STOP] - segment[..., START])
-        behind = segment[..., SOURCE] > np.arange(num_sources)  # behind all of this source's rows: where the next one begins
+        behind = segment[..., SOURCE] > np.arange(
+            num_sources
+        )  # behind all of this source's rows: where the next one begins
         rows: Ints = segment[..., ROW] + np.where(behind, 0, inside)
         return rows
 

@@ -82,7 +82,11 @@ def make_layouts(
         cut = cut_in_chunks(mask.num_q, num_ranks, config, min_chunks_per_rank, pad_size)
         areas = chunk_areas(mask.bands, cut.edges)
         if is_q_permutable:
-            k_edges = cut.edges if is_same_source else cut_in_chunks(mask.num_k, num_ranks, config, min_chunks_per_rank, None).edges
+            k_edges = (
+                cut.edges
+                if is_same_source
+                else cut_in_chunks(mask.num_k, num_ranks, config, min_chunks_per_rank, None).edges
+            )
             owner = dispatch(DispatchProblem(mask.bands, cut.edges, k_edges, is_same_source, areas, num_ranks), config)
         else:
             owner = sequential(areas, num_ranks, cut.max_chunks)

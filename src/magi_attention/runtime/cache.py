@@ -29,7 +29,9 @@ def get_session(key: DistAttnRuntimeKey) -> Session:
         ValueError: ``key`` is no key, was evicted, or was made in another process.
     """
     if not isinstance(key, DistAttnRuntimeKey):
-        raise ValueError(f"key must be a DistAttnRuntimeKey made by magi_attn_flex_key or magi_attn_varlen_key, got {key!r}")
+        raise ValueError(
+            f"key must be a DistAttnRuntimeKey made by magi_attn_flex_key or magi_attn_varlen_key, got {key!r}"
+        )
     session = find_session(key)
     if session is None:
         raise ValueError(

@@ -45,7 +45,12 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, session: Session) -> None:
         ("v", v, part.num_k, key.num_heads_kv, None),
     )
     for name, x, rows, heads, head_dim in layouts:
-        if x.dim() != 3 or x.shape[0] != rows or x.shape[1] != heads or (head_dim is not None and x.shape[2] != head_dim):
+        if (
+            x.dim() != 3
+            or x.shape[0] != rows
+            or x.shape[1] != heads
+            or (head_dim is not None and x.shape[2] != head_dim)
+        ):
             wanted = f"[{rows}, {heads}, {'any head_dim' if head_dim is None else head_dim}]"
             raise ValueError(
                 f"{name} must be {wanted}: the local rows of rank {key.cp_rank}, and the heads that the key was made for; got "
@@ -71,6 +76,3 @@ def check_sink(sink: Tensor | None, q: Tensor) -> None:
 def as_last_contiguous(x: Tensor) -> Tensor:
     """``x``, copied only if its last axis is not contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-

@@ -99,7 +99,9 @@ def run_backward(
         if returning is not None:
             returning.wait()
         label = f"dk/dv of stage {number}"
-        returning = group_reduce((stage_dk, stage_dv), (dk, dv), stage.exchange, group, transit_dtype=travelling, label=label)
+        returning = group_reduce(
+            (stage_dk, stage_dv), (dk, dv), stage.exchange, group, transit_dtype=travelling, label=label
+        )
     if returning is not None:
         returning.wait()
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), delta

@@ -73,9 +73,7 @@ def open_session(key: DistAttnRuntimeKey, layout_session: Session | None) -> Ses
     return Session(key, plan)
 
 
-def _borrowed_layouts(
-    key: DistAttnRuntimeKey, layout: ShardLayout
-) -> tuple[ShardLayout | None, ShardLayout | None]:
+def _borrowed_layouts(key: DistAttnRuntimeKey, layout: ShardLayout) -> tuple[ShardLayout | None, ShardLayout | None]:
     """``layout`` for the sides of ``key`` that are not permutable and have its length."""
     fits_q = not key.is_q_permutable and key.total_seqlen_q == layout.total_seqlen
     fits_k = not key.is_k_permutable and key.total_seqlen_k == layout.total_seqlen

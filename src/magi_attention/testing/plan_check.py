@@ -18,7 +18,9 @@ def deliver(plan: AttnPlan, stage: int) -> list[Ints]:
         assert len(rows) == exchange.num_sent, f"rank {source} lays out {len(rows)} rows but sends {exchange.num_sent}"
         for destination, letter in enumerate(np.split(rows, np.cumsum(exchange.send_splits)[:-1])):
             expected = plan.rank(destination).stages[stage].exchange.recv_splits[source]
-            assert len(letter) == expected, f"rank {source} sends {len(letter)} rows to {destination}, which expects {expected}"
+            assert len(letter) == expected, (
+                f"rank {source} sends {len(letter)} rows to {destination}, which expects {expected}"
+            )
             mail[destination].append(letter)
     return [np.concatenate(letters) for letters in mail]
 
@@ -42,7 +44,9 @@ def check_cells(plan: AttnPlan) -> None:
     expected = np.zeros((plan.q_layout.padded_seqlen, plan.k_layout.padded_seqlen), np.int64)
     expected[: plan.mask.num_q, : plan.mask.num_k] = plan.mask.to_dense()
     wrong = np.argwhere(count_planned_cells(plan) != expected)
-    assert not len(wrong), f"{len(wrong)} cells are computed another number of times than once, first (q, k) = {wrong[0]}"
+    assert not len(wrong), (
+        f"{len(wrong)} cells are computed another number of times than once, first (q, k) = {wrong[0]}"
+    )
 
 
 def check_deliveries(plan: AttnPlan) -> None:
