@@ -1,0 +1,89 @@
+"""A collective under way, and what is to be done when it has arrived."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from magi_attention.comm.failure import Call, describe_failure
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+_num_started: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A collective that was started, and the ``buffers`` that must live until it has landed."""
+
+    work: dist.Work
+    buffers: tuple[Tensor, ...]
+    call: Call
+    started: float
+
+    def land(self) -> None:
+        """Wait for it: the host on gloo, the current stream on NCCL.
+
+        Raises:
+            CommTimeoutError: a peer did not take part in time, or is gone. (NCCL tells of neither here unless TORCH_NCCL_BLOCKING_WAIT is
+                set: its watchdog ends the process after the group's timeout.)
+        """
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            raise describe_failure(self.call, time.monotonic() - self.started, error) from error
+
+
+def start(
+    collective: Callable[[], dist.Work | None],
+    buffers: tuple[Tensor, ...],
+    group: dist.ProcessGroup,
+    label: str,
+    sources: Sequence[int],
+    targets: Sequence[int],
+) -> Flight:
+    """Start an asynchronous collective. Every rank of the group must start the same ones in the same order, empty or not."""
+    number = _num_started.get(group, 0)
+    _num_started[group] = number + 1
+    call, started = Call(group, number, label, sources, targets), time.monotonic()
+    try:
+        work = collective()
+    except dist.DistError as error:  # NCCL meets its peers here the first time
+        raise describe_failure(call, time.monotonic() - started, error) from error
+    assert work is not None, "this rank is not in the group"
+    return Flight(work, buffers, call, started)
+
+
+class Pending(Generic[T]):
+    """A result under way."""
+
+    def __init__(self, flight: Flight | None, finish: Callable[[], T]) -> None:
+        self._flight = flight
+        self._finish: Callable[[], T] | None = finish
+        self._result: list[T] = []
+
+    def wait(self) -> T:
+        """The result; asked again, the same. Device work that makes it is queued on the current stream.
+
+        Raises:
+            CommTimeoutError: see `Flight.land`.
+        """
+        if self._finish is not None:
+            if self._flight is not None:
+                self._flight.land()
+            with torch.no_grad():
+                self._result.append(self._finish())
+            self._flight = self._finish = None
+        return self._result[0]
+
+    def then(self, step: Callable[[T], U]) -> Pending[U]:
+        """This, followed by ``step`` on the result when it is waited for."""
+        return Pending(None, lambda: step(self.wait()))
