@@ -149,6 +149,7 @@ class OverlapConfig:
         alg: how remote rows are dealt to stages.
         calc_cost_factor: time to compute one attended cell, in any unit.
         comm_cost_factor: time to receive one row of keys and values, in the same unit.
+        latency_cost: time of an exchange, whatever it carries, in the same unit.
     """
 
     enable: bool = True
@@ -160,6 +161,7 @@ class OverlapConfig:
     alg: OverlapAlg = field(default_factory=UniformOverlapAlg)
     calc_cost_factor: float = 1.0
     comm_cost_factor: float = 1.0
+    latency_cost: float = 0.0
 
     def __post_init__(self) -> None:
         _check_type("mode", self.mode, AttnOverlapMode, "AttnOverlapMode.STATIC or AttnOverlapMode.DYNAMIC")
@@ -176,6 +178,8 @@ class OverlapConfig:
         for name in ("calc_cost_factor", "comm_cost_factor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.latency_cost >= 0:
+            raise ValueError(f"latency_cost must be 0 or positive, got {self.latency_cost}")
 
 
 @dataclass(frozen=True)

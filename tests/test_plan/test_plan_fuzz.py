@@ -3,11 +3,34 @@
 import numpy as np
 import pytest
 
-from magi_attention.config import DispatchConfig, DistAttnConfig, MinHeapDispatchAlg, OverlapConfig, SequentialDispatchAlg
+from magi_attention.common.enum import AttnOverlapMode
+from magi_attention.config import (
+    AffinityDispatchAlg,
+    BSDispatchAlg,
+    DispatchConfig,
+    DistAttnConfig,
+    GreedyOverlapAlg,
+    MinHeapDispatchAlg,
+    OverlapConfig,
+    SequentialDispatchAlg,
+    SortedSequentialSelectAlg,
+    ToppHeapDispatchAlg,
+    UniformOverlapAlg,
+)
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import check_disjoint
 from magi_attention.plan import build_plan
+from magi_attention.plan.query_moves import RowBytes
 from magi_attention.testing.plan_check import check_cells, check_deliveries
+
+ALGORITHMS = (
+    AffinityDispatchAlg(),
+    MinHeapDispatchAlg(),
+    SequentialDispatchAlg(),
+    SortedSequentialSelectAlg(),
+    ToppHeapDispatchAlg(top_p=0.4),
+    BSDispatchAlg(),
+)
 
 
 def random_disjoint_mask(rng: np.random.Generator, num_q: int, num_k: int) -> AttnMask:
@@ -36,10 +59,17 @@ def random_documents(rng: np.random.Generator, total: int, window: int | None) -
 
 def random_config(rng: np.random.Generator, num_q: int) -> DistAttnConfig:
     chunk_size = None if rng.random() < 0.2 else int(rng.integers(1, max(2, num_q // 2)))
-    alg = MinHeapDispatchAlg() if rng.random() < 0.7 else SequentialDispatchAlg()
+    alg = ALGORITHMS[int(rng.integers(0, len(ALGORITHMS)))]
     return DistAttnConfig(
         dispatch_config=DispatchConfig(chunk_size=chunk_size, uneven_shard=bool(rng.random() < 0.3), alg=alg),
-        overlap_config=OverlapConfig(degree=int(rng.integers(1, 5)), min_chunk_size=1),
+        overlap_config=OverlapConfig(
+            mode=AttnOverlapMode.DYNAMIC if rng.random() < 0.4 else AttnOverlapMode.STATIC,
+            degree=int(rng.integers(1, 5)),
+            min_chunk_size=1,
+            max_num_chunks=int(rng.integers(1, 9)),
+            alg=GreedyOverlapAlg() if rng.random() < 0.5 else UniformOverlapAlg(),
+            comm_cost_factor=float(rng.uniform(0.1, 30)),
+        ),
     )
 
 
@@ -63,6 +93,9 @@ def test_planned_slices_are_the_mask_and_rows_arrive_once(seed: int) -> None:
             is_same_source=same_source,
             is_q_permutable=flag,
             is_k_permutable=flag if same_source else bool(rng.random() < 0.5),
+            moves_queries=RowBytes(key=int(rng.integers(1, 9)), query=int(rng.integers(1, 9)))
+            if rng.random() < 0.4
+            else None,
         )
         check_cells(plan)
         check_deliveries(plan)

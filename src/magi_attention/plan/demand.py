@@ -61,34 +61,6 @@ def remote_transfers(bands: Ints, q_layout: ShardLayout, k_layout: ShardLayout) 
     return table[table[:, DST] != table[:, SRC]]
 
 
-def split_uniform(table: Ints, num_stages: int) -> Ints:
-    """Deal every (destination, source) pair's rows evenly to ``num_stages`` stages, in ascending order.
-
-    Every stage then asks the same of every link. Ordered by STAGE, DST, SRC, BEGIN.
-    """
-    if num_stages <= 1 or not len(table):
-        return table
-    length = table[:, END] - table[:, BEGIN]
-    first_of_pair = np.append(True, np.any(np.diff(table[:, [DST, SRC]], axis=0) != 0, axis=1))
-    pair = np.cumsum(first_of_pair) - 1
-    before = np.cumsum(length) - length
-    offset = before - before[first_of_pair][pair]  # rows of the same pair ahead of this entry
-    total = np.bincount(pair, weights=length).astype(np.int64)[pair]
-    # Stage s takes a pair's rows [total * s // n, total * (s + 1) // n).
-    first = (num_stages * (offset + 1) - 1) // total
-    last = (num_stages * (offset + length) - 1) // total
-    row, stage = expand(first, last - first + 1)
-    cut_begin = np.maximum(offset[row], total[row] * stage // num_stages) - offset[row]
-    cut_end = np.minimum((offset + length)[row], total[row] * (stage + 1) // num_stages) - offset[row]
-    parts = table[row]
-    parts[:, STAGE] = stage
-    parts[:, END] = parts[:, BEGIN] + cut_end
-    parts[:, BEGIN] += cut_begin
-    parts[:, SRC_LOCAL] += cut_begin
-    parts = parts[cut_begin < cut_end]
-    return parts[np.argsort(parts[:, STAGE], kind="stable")]
-
-
 def rows_by_rank(table: Ints, column: int, num_ranks: int) -> Ints:
     """``[num_ranks]``: rows of a transfer table, counted by the ranks in ``column`` (SRC or DST)."""
     counts = np.zeros(num_ranks, np.int64)

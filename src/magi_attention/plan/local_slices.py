@@ -12,9 +12,12 @@ contributes; only its two slanted ends are cut run by run.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from magi_attention.mask.bands import HI, K0, K1, LO, Q0, Q1, Ints, shift, split_k, split_q, tighten
 from magi_attention.plan.layout import ShardLayout
+
+Flags = NDArray[np.bool_]
 
 # Columns of a segment table: global keys [START, STOP) lie at buffer rows from ROW, and came from source SOURCE (0, 1, ...).
 START, STOP, ROW, SOURCE = range(4)
@@ -25,6 +28,14 @@ def local_pieces(bands: Ints, q_layout: ShardLayout, rank: int) -> tuple[Ints, I
     runs = q_layout.rank_runs(rank)
     pieces, _, run = split_q(bands, runs[:, 0], runs[:, 1])
     return pieces, (runs[:, 3] - runs[:, 0])[run]
+
+
+def local_pieces_by_chunk(bands: Ints, q_layout: ShardLayout, rank: int) -> tuple[Ints, Ints, Ints]:
+    """As `local_pieces`, cut at chunks, and ``[p]``: the chunk of each."""
+    chunks = q_layout.rank_chunks(rank)
+    starts = q_layout.chunk_edges[chunks]
+    pieces, _, at = split_q(bands, starts, q_layout.chunk_edges[chunks + 1])
+    return pieces, (q_layout.locate(starts)[1] - starts)[at], chunks[at]
 
 
 def segments_of_layout(layout: ShardLayout, rank: int) -> Ints:
@@ -40,11 +51,11 @@ def segments_of_buffer(begin: Ints, end: Ints, source: Ints) -> Ints:
     return np.stack([begin, end, np.cumsum(length) - length, dense_source.reshape(-1)], axis=1)
 
 
-def to_buffer(pieces: Ints, q_by: Ints, segments: Ints) -> Ints:
+def to_buffer(pieces: Ints, q_by: Ints, segments: Ints, blocked: Flags | None = None) -> Ints:
     """Express pieces in local q coordinates and buffer rows, dropping what the buffer does not hold.
 
     ``pieces``: ``[p, 6]`` global rows. ``q_by``: ``[p]`` shift to local q. ``segments``: ``[s, 4]``, ascending by source, then position, their
-    buffer rows end to end. Returns a tight ``[n, 6]`` table.
+    buffer rows end to end. ``blocked``: ``[p, num_sources]``, pieces that leave a source's rows alone. Returns a tight ``[n, 6]`` table.
     """
     if not len(pieces) or not len(segments):
         return np.empty((0, 6), np.int64)
@@ -64,13 +75,15 @@ def to_buffer(pieces: Ints, q_by: Ints, segments: Ints) -> Ints:
     inner[..., LO] = inner[..., K0] - inner[..., Q1] + 1
     inner[..., HI] = inner[..., K1] - 1 - inner[..., Q0]
 
+    if blocked is not None:
+        inner[blocked, K1] = inner[blocked, K0]
     left = pieces.copy()
     left[:, K1] = np.minimum(left[:, K1], inner_begin)
     right = pieces.copy()
     right[:, K0] = np.maximum(right[:, K0], inner_end)
     edges = [
-        _join_edges(inner, left, q_by, segments, joins_after=False),
-        _join_edges(inner, right, q_by, segments, joins_after=True),
+        _join_edges(inner, left, q_by, segments, blocked, joins_after=False),
+        _join_edges(inner, right, q_by, segments, blocked, joins_after=True),
     ]
     return tighten(np.concatenate([inner.reshape(-1, 6), *edges]))[0]
 
@@ -97,7 +110,9 @@ def _full_rows(begin: Ints, end: Ints, segments: Ints) -> Ints:
     return np.stack([row_of(begin), row_of(end)], axis=-1)
 
 
-def _join_edges(inner: Ints, edges: Ints, q_by: Ints, segments: Ints, *, joins_after: bool) -> Ints:
+def _join_edges(
+    inner: Ints, edges: Ints, q_by: Ints, segments: Ints, blocked: Flags | None, *, joins_after: bool
+) -> Ints:
     """Cut slanted ends by segment and give each part to the rectangle of its source that it touches, in place.
 
     ``inner``: ``[p, num_sources, 6]`` buffer rectangles, empty where K0 == K1. Returns the parts that touch none.
@@ -108,6 +123,9 @@ def _join_edges(inner: Ints, edges: Ints, q_by: Ints, segments: Ints, *, joins_a
     ordered = segments[by_start]
     parts, row, at = split_k(tight, ordered[:, START], ordered[:, STOP])
     piece, source = origin[row], ordered[at, SOURCE]
+    if blocked is not None:
+        free = ~blocked[piece, source]
+        parts, piece, source, at = parts[free], piece[free], source[free], at[free]
     parts = shift(parts, q_by[piece], ordered[at, ROW] - ordered[at, START])
     target = inner[piece, source]
     nonempty = target[:, K0] < target[:, K1]

@@ -5,58 +5,90 @@ from __future__ import annotations
 import numpy as np
 
 from magi_attention.mask.bands import Ints, expand, to_dense
-from magi_attention.plan import AttnPlan
+from magi_attention.plan import AttnPlan, Exchange, ShardLayout
 
 
-def deliver(plan: AttnPlan, stage: int) -> list[Ints]:
-    """What every rank's receive buffer holds after an exchange: global k positions, ``[num_received]`` for each rank."""
-    mail: list[list[Ints]] = [[] for _ in range(plan.num_ranks)]
-    for source in range(plan.num_ranks):
-        exchange = plan.rank(source).stages[stage].exchange
+def deliver(exchanges: list[Exchange], layout: ShardLayout) -> list[Ints]:
+    """What every rank's receive buffer holds after an exchange (``exchanges``, one a rank) of the rows of ``layout``: their global positions."""
+    mail: list[list[Ints]] = [[] for _ in exchanges]
+    for source, exchange in enumerate(exchanges):
         starts, ends = exchange.send_ranges.T
-        rows = plan.k_layout.positions(source)[expand(starts, ends - starts)[1]]
+        rows = layout.positions(source)[expand(starts, ends - starts)[1]]
         assert len(rows) == exchange.num_sent, f"rank {source} lays out {len(rows)} rows but sends {exchange.num_sent}"
         for destination, letter in enumerate(np.split(rows, np.cumsum(exchange.send_splits)[:-1])):
-            expected = plan.rank(destination).stages[stage].exchange.recv_splits[source]
-            assert len(letter) == expected, (
-                f"rank {source} sends {len(letter)} rows to {destination}, which expects {expected}"
-            )
+            expected = exchanges[destination].recv_splits[source]
+            assert len(letter) == expected, f"rank {source} sends {len(letter)} rows to {destination}, not {expected}"
             mail[destination].append(letter)
     return [np.concatenate(letters) for letters in mail]
 
 
-def count_planned_cells(plan: AttnPlan) -> Ints:
+def key_deliveries(plan: AttnPlan, backward: bool = False) -> list[list[Ints]]:
+    """``[stage][rank]``: the global positions of the keys that arrive."""
+    parts = [plan.rank(rank) for rank in range(plan.num_ranks)]
+    stages = [part.backward_stages if backward else part.stages for part in parts]
+    return [deliver([stage.exchange for stage in of_stage], plan.k_layout) for of_stage in zip(*stages, strict=True)]
+
+
+def guest_deliveries(plan: AttnPlan) -> list[Ints]:
+    """``[rank]``: the global positions of the queries that arrive as guests."""
+    guests = [plan.rank(rank).guests for rank in range(plan.num_ranks)]
+    given = [guest for guest in guests if guest is not None]
+    assert len(given) in (0, plan.num_ranks), "either every rank takes part in moving queries or none does"
+    if not given:
+        return [np.empty(0, np.int64)] * plan.num_ranks
+    return deliver([guest.exchange for guest in given], plan.q_layout)
+
+
+def count_planned_cells(plan: AttnPlan, backward: bool = False) -> Ints:
     """``[padded_q, padded_k]``: how often the ranks, in all stages, compute each cell."""
     count = np.zeros((plan.q_layout.padded_seqlen, plan.k_layout.padded_seqlen), np.int64)
-    buffers = [deliver(plan, stage) for stage in range(plan.num_stages)]
+    buffers, guests = key_deliveries(plan, backward), guest_deliveries(plan)
     for rank in range(plan.num_ranks):
-        part, q_rows = plan.rank(rank), plan.q_layout.positions(rank)
-        steps = [(part.host_bands, plan.k_layout.positions(rank))]
-        steps += [(stage.bands, buffers[number][rank]) for number, stage in enumerate(part.stages)]
-        for bands, k_rows in steps:
-            assert not len(bands) or (bands[:, 1].max() <= len(q_rows) and bands[:, 3].max() <= len(k_rows))
-            np.add.at(count, np.ix_(q_rows, k_rows), to_dense(bands, len(q_rows), len(k_rows)))
+        part, q_rows, k_rows = plan.rank(rank), plan.q_layout.positions(rank), plan.k_layout.positions(rank)
+        steps = [(part.host_bands, q_rows, k_rows)]
+        for number, stage in enumerate(part.backward_stages if backward else part.stages):
+            steps.append((stage.bands, q_rows, buffers[number][rank]))
+        if part.guests is not None:
+            steps.append((part.guests.bands, guests[rank], k_rows))
+        for bands, q_of_step, k_of_step in steps:
+            assert not len(bands) or (bands[:, 1].max() <= len(q_of_step) and bands[:, 3].max() <= len(k_of_step))
+            np.add.at(count, np.ix_(q_of_step, k_of_step), to_dense(bands, len(q_of_step), len(k_of_step)))
     return count
 
 
 def check_cells(plan: AttnPlan) -> None:
-    """Every attended cell is computed exactly once, and no other is."""
+    """Every attended cell is computed exactly once, and no other is, forward and backward."""
     expected = np.zeros((plan.q_layout.padded_seqlen, plan.k_layout.padded_seqlen), np.int64)
     expected[: plan.mask.num_q, : plan.mask.num_k] = plan.mask.to_dense()
-    wrong = np.argwhere(count_planned_cells(plan) != expected)
-    assert not len(wrong), (
-        f"{len(wrong)} cells are computed another number of times than once, first (q, k) = {wrong[0]}"
-    )
+    for backward in (False, True):
+        wrong = np.argwhere(count_planned_cells(plan, backward) != expected)
+        assert not len(wrong), f"{len(wrong)} cells are computed another number of times than once, first {wrong[0]}"
 
 
 def check_deliveries(plan: AttnPlan) -> None:
-    """Every rank receives exactly the keys that its queries attend and that it does not hold, each once."""
+    """Every rank receives exactly the rows that it computes with and does not hold, each once, forward and backward."""
     dense = plan.mask.to_dense()
-    buffers = [deliver(plan, stage) for stage in range(plan.num_stages)]
+    guests = guest_deliveries(plan)
+    k_rank = np.empty(plan.k_layout.padded_seqlen, np.int64)
+    for rank in range(plan.num_ranks):
+        k_rank[plan.k_layout.positions(rank)] = rank
+    chunk_of_query = np.searchsorted(plan.q_layout.chunk_edges, np.arange(plan.mask.num_q), side="right") - 1
+    moved = np.zeros((plan.q_layout.num_chunks, plan.num_ranks), bool) if plan.moved is None else plan.moved
+    away = moved[chunk_of_query][:, k_rank[: plan.mask.num_k]] & dense  # cells computed where the key lives
     for rank in range(plan.num_ranks):
         queries = plan.q_layout.positions(rank)
-        attended = np.flatnonzero(dense[queries[queries < plan.mask.num_q]].any(axis=0))
+        queries = queries[queries < plan.mask.num_q]
+        attended = np.flatnonzero((dense & ~away)[queries].any(axis=0))
         demanded = np.setdiff1d(attended, plan.k_layout.positions(rank))
-        received = np.concatenate([np.empty(0, np.int64), *(buffer[rank] for buffer in buffers)])
-        assert len(np.unique(received)) == len(received), f"rank {rank} receives a row twice"
-        assert np.array_equal(np.sort(received), demanded), f"rank {rank} receives other rows than it demands"
+        keys_here = plan.k_layout.positions(rank)
+        visiting = np.flatnonzero(away[:, keys_here[keys_here < plan.mask.num_k]].any(axis=1))
+        for backward in (False, True):
+            arrived = [buffer[rank] for buffer in key_deliveries(plan, backward)]
+            received = np.concatenate([np.empty(0, np.int64), *arrived])
+            _same_once(received, demanded, f"rank {rank}, keys")
+        _same_once(guests[rank], visiting, f"rank {rank}, guests")
+
+
+def _same_once(received: Ints, demanded: Ints, what: str) -> None:
+    assert len(np.unique(received)) == len(received), f"{what}: a row arrives twice"
+    assert np.array_equal(np.sort(received), demanded), f"{what}: other rows arrive than are needed"

@@ -1,0 +1,73 @@
+"""`build_plan`: from a mask to its plan."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from magi_attention.config import DistAttnConfig
+from magi_attention.mask import AttnMask
+from magi_attention.plan.demand import DST, SRC, remote_transfers, split_by_owner
+from magi_attention.plan.layout import ShardLayout
+from magi_attention.plan.plan import AttnPlan, areas_of
+from magi_attention.plan.query_moves import RowBytes, choose_moves, cut_in_parts, guest_transfers, key_intervals
+from magi_attention.plan.sharding import make_layouts
+from magi_attention.plan.stages import deal
+
+
+def build_plan(
+    mask: AttnMask,
+    num_ranks: int,
+    config: DistAttnConfig | None = None,
+    *,
+    is_same_source: bool = True,
+    is_q_permutable: bool = True,
+    is_k_permutable: bool = True,
+    pad_size: int | None = None,
+    min_chunks_per_rank: int = 8,
+    q_layout: ShardLayout | None = None,
+    k_layout: ShardLayout | None = None,
+    moves_queries: RowBytes | None = None,
+) -> AttnPlan:
+    """Plan a mask over ``num_ranks`` ranks. A pure function: same arguments, same plan, bit for bit, in every process.
+
+    Args:
+        mask: what is attended; its lengths are unpadded.
+        config: chunks, dispatch algorithm and stages; left out, the defaults.
+        is_same_source: keys are made of the same rows as queries, so both are laid out alike.
+        is_q_permutable, is_k_permutable: a side that is not is sharded in order, or as the layout given for it.
+        pad_size: padding rows of q, as `DispatchConfig` and the number of ranks require; None or 0 computes them.
+        min_chunks_per_rank: how many chunks a rank gets at least where the config names no chunk size.
+        q_layout, k_layout: layouts already decided (a second mask over the same dispatch); left out, decided here.
+        moves_queries: given, queries move instead of keys where that makes fewer of these bytes.
+
+    Raises:
+        ValueError: lengths, flags, padding or layouts that do not fit together, or an algorithm that cannot serve.
+    """
+    config = config or DistAttnConfig()
+    q_layout, k_layout = make_layouts(
+        mask,
+        num_ranks,
+        config.dispatch_config,
+        is_same_source=is_same_source,
+        is_q_permutable=is_q_permutable,
+        is_k_permutable=is_k_permutable,
+        pad_size=pad_size,
+        min_chunks_per_rank=min_chunks_per_rank,
+        q_layout=q_layout,
+        k_layout=k_layout,
+    )
+    moved, guests = None, np.empty((0, 6), np.int64)
+    transfers = None
+    if moves_queries is not None:
+        parts = cut_in_parts(mask.bands, q_layout, k_layout)
+        chosen = choose_moves(parts, q_layout, moves_queries)
+        if chosen.any():
+            moved, guests = chosen, guest_transfers(parts, chosen, q_layout)
+            transfers = split_by_owner(key_intervals(parts, chosen), k_layout)
+            transfers = transfers[transfers[:, DST] != transfers[:, SRC]]
+    if transfers is None:
+        transfers = remote_transfers(mask.bands, q_layout, k_layout)
+    forward, backward = deal(
+        transfers, mask.bands, q_layout, k_layout.padded_seqlen, areas_of(mask, q_layout), config.overlap_config
+    )
+    return AttnPlan(mask, q_layout, k_layout, forward, backward, guests, moved)

@@ -1,0 +1,193 @@
+"""How remote rows are dealt to stages, and how many stages there are.
+
+A dealing is a transfer table (see ``plan.demand``) with its STAGE column filled, ordered by stage, destination, source, position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.common.enum import AttnOverlapMode
+from magi_attention.config import GreedyOverlapAlg, OverlapConfig
+from magi_attention.mask.bands import Ints, area, expand, split_k, split_q
+from magi_attention.plan.cost import CostModel, Workload, backward_times, forward_times
+from magi_attention.plan.demand import BEGIN, DST, END, SRC, SRC_LOCAL, STAGE, rows_by_rank, union_by_group
+from magi_attention.plan.layout import ShardLayout
+
+# Columns of the grid on which the density of work over keys is kept: fine enough to tell stages apart, and cheap.
+_NUM_COLUMNS = 256
+
+
+def split_uniform(table: Ints, num_stages: int) -> Ints:
+    """Deal every (destination, source) pair's rows evenly to ``num_stages`` stages, in ascending order.
+
+    Every stage then asks the same of every link. Ordered by STAGE, DST, SRC, BEGIN.
+    """
+    if num_stages <= 1 or not len(table):
+        return table
+    length = table[:, END] - table[:, BEGIN]
+    first_of_pair = np.append(True, np.any(np.diff(table[:, [DST, SRC]], axis=0) != 0, axis=1))
+    pair = np.cumsum(first_of_pair) - 1
+    before = np.cumsum(length) - length
+    offset = before - before[first_of_pair][pair]  # rows of the same pair ahead of this entry
+    total = np.zeros(pair[-1] + 1, np.int64)
+    np.add.at(total, pair, length)
+    total = total[pair]
+    # Stage s takes a pair's rows [total * s // n, total * (s + 1) // n).
+    first = (num_stages * (offset + 1) - 1) // total
+    last = (num_stages * (offset + length) - 1) // total
+    row, stage = expand(first, last - first + 1)
+    cut_begin = np.maximum(offset[row], total[row] * stage // num_stages) - offset[row]
+    cut_end = np.minimum((offset + length)[row], total[row] * (stage + 1) // num_stages) - offset[row]
+    parts = _cut(table, row, cut_begin, cut_end)
+    parts[:, STAGE] = stage
+    return _in_order(parts[cut_begin < cut_end])
+
+
+def _cut(table: Ints, row: Ints, begin: Ints, end: Ints) -> Ints:
+    """Rows ``[begin, end)`` of entries ``row`` of a transfer table, counted from each entry's own beginning."""
+    parts = table[row]
+    parts[:, END] = parts[:, BEGIN] + end
+    parts[:, BEGIN] += begin
+    parts[:, SRC_LOCAL] += begin
+    return parts
+
+
+def _in_order(table: Ints) -> Ints:
+    return table[np.lexsort((table[:, BEGIN], table[:, SRC], table[:, DST], table[:, STAGE]))]
+
+
+def split_greedy(table: Ints, num_stages: int, density: WorkDensity, max_num_chunks: int) -> Ints:
+    """Deal to every destination the rows that most of its work waits for first.
+
+    A destination's rows are cut into at most ``max_num_chunks`` blocks, ordered by cells per row, and dealt in that order so that the
+    stages hold equally many cells: the first is few rows and much work, behind which the next ones travel.
+    """
+    if num_stages <= 1 or not len(table):
+        return table
+    blocks = _in_blocks(table, max_num_chunks)
+    cells = density.cells(blocks)
+    rows = blocks[:, END] - blocks[:, BEGIN]
+    order = np.lexsort((-cells / rows, blocks[:, DST]))
+    destination = blocks[order, DST]
+    done = np.cumsum(cells[order])
+    group_first = np.flatnonzero(np.diff(destination, prepend=-1))
+    group = np.cumsum(np.diff(destination, prepend=-1) != 0) - 1
+    before_group = np.append(0.0, done)[group_first][group]
+    total = np.add.reduceat(cells[order], group_first)[group]
+    middle = done - before_group - cells[order] / 2
+    stage = np.minimum((middle / np.maximum(total, 1e-300) * num_stages).astype(np.int64), num_stages - 1)
+    blocks[order, STAGE] = stage
+    return _in_order(blocks)
+
+
+def _in_blocks(table: Ints, max_num_chunks: int) -> Ints:
+    """Cut entries so that no part holds more than a ``max_num_chunks``-th of its destination's rows."""
+    length = table[:, END] - table[:, BEGIN]
+    total = np.zeros(int(table[:, DST].max()) + 1, np.int64)
+    np.add.at(total, table[:, DST], length)
+    size = np.maximum(-(-total // max_num_chunks), 1)[table[:, DST]]
+    row, part = expand(np.zeros_like(length), -(-length // size))
+    return _cut(table, row, part * size[row], np.minimum((part + 1) * size[row], length[row]))
+
+
+@dataclass(frozen=True, eq=False)
+class WorkDensity:
+    """How many cells each demanded key row stands for, by rank, on a grid of key columns: for prediction, never for results.
+
+    ``edges``: ``[num_columns + 1]``. ``per_row``: ``[num_ranks, num_columns]`` cells per demanded row.
+    """
+
+    edges: Ints
+    per_row: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, bands: Ints, q_layout: ShardLayout, num_k: int) -> WorkDensity:
+        """The density of a mask's work under a layout of its queries."""
+        edges = np.unique(np.linspace(0, num_k, min(_NUM_COLUMNS, max(num_k, 1)) + 1).round().astype(np.int64))
+        shape = (q_layout.num_ranks, len(edges) - 1)
+        cells, rows = np.zeros(shape), np.zeros(shape)
+        pieces, _, run = split_q(bands, q_layout.runs[:, 0], q_layout.runs[:, 1])
+        parts, piece, column = split_k(pieces, edges[:-1], edges[1:])
+        rank = q_layout.runs[run[piece], 2]
+        np.add.at(cells, (rank, column), area(parts))
+        merged = union_by_group(rank * shape[1] + column, parts[:, 2], parts[:, 3])
+        np.add.at(rows.reshape(-1), merged[:, 0], merged[:, 2] - merged[:, 1])
+        return cls(edges, cells / np.maximum(rows, 1))
+
+    def cells(self, table: Ints) -> NDArray[np.float64]:
+        """``[n]``: about how many of the destination's cells the rows of each entry of a transfer table stand for."""
+        first = np.searchsorted(self.edges, table[:, BEGIN], side="right") - 1
+        last = np.searchsorted(self.edges, table[:, END], side="left")
+        entry, column = expand(first, last - first)
+        begin = np.maximum(table[entry, BEGIN], self.edges[column])
+        end = np.minimum(table[entry, END], self.edges[column + 1])
+        cells = np.zeros(len(table))
+        np.add.at(cells, entry, (end - begin) * self.per_row[table[entry, DST], column])
+        return cells
+
+
+def predict(table: Ints, num_stages: int, density: WorkDensity, areas: Ints) -> Workload:
+    """The workload of a dealing; ``areas`` ``[num_ranks]`` are all cells of each rank, of which the host stage keeps what no stage computes."""
+    num_ranks = len(areas)
+    stage_cells = np.zeros((num_stages, num_ranks))
+    np.add.at(stage_cells, (table[:, STAGE], table[:, DST]), density.cells(table))
+    stage_rows = np.zeros((num_stages, num_ranks))
+    for stage in range(num_stages):
+        part = table[table[:, STAGE] == stage]
+        stage_rows[stage] = np.maximum(rows_by_rank(part, DST, num_ranks), rows_by_rank(part, SRC, num_ranks))
+    return Workload(np.maximum(areas - stage_cells.sum(axis=0), 0), stage_cells, stage_rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Dealing:
+    """Remote rows in stages: ``table`` in the order above, ``num_stages`` of them (some may be empty for some ranks)."""
+
+    table: Ints
+    num_stages: int
+
+
+def deal(
+    transfers: Ints, bands: Ints, q_layout: ShardLayout, num_k: int, areas: Ints, config: OverlapConfig
+) -> tuple[Dealing, Dealing]:
+    """The stages of the forward and of the backward pass.
+
+    STATIC takes the degree of ``config`` for both. DYNAMIC predicts every number of stages up to its maximum and takes, for each pass, the
+    fastest, the fewest among equals: so never one that is predicted slower than one stage.
+    """
+    if not len(transfers):
+        none = Dealing(transfers, 0)
+        return none, none
+    most = _most_stages(transfers, len(areas), config)
+    density = WorkDensity.of(bands, q_layout, num_k) if _needs_density(config) and most > 1 else None
+    if config.mode is AttnOverlapMode.STATIC or density is None:
+        only = _deal(transfers, most, density, config)
+        return only, only
+    cost = CostModel(cell=config.calc_cost_factor, row=config.comm_cost_factor, latency=config.latency_cost)
+    tried = [_deal(transfers, degree, density, config) for degree in range(1, most + 1)]
+    works = [predict(one.table, one.num_stages, density, areas) for one in tried]
+    forward = [float(forward_times(work, cost).max()) for work in works]
+    backward = [float(backward_times(work, cost).max()) for work in works]
+    return tried[int(np.argmin(forward))], tried[int(np.argmin(backward))]
+
+
+def _needs_density(config: OverlapConfig) -> bool:
+    return config.mode is AttnOverlapMode.DYNAMIC or isinstance(config.alg, GreedyOverlapAlg)
+
+
+def _most_stages(transfers: Ints, num_ranks: int, config: OverlapConfig) -> int:
+    """The degree asked for (under DYNAMIC, the largest to try), or as many stages as leave the busiest rank ``min_chunk_size`` rows in each."""
+    wanted = config.degree if config.mode is AttnOverlapMode.STATIC else config.dynamic_max_degree
+    if not config.enable:
+        return 1
+    busiest = int(rows_by_rank(transfers, DST, num_ranks).max())
+    return max(1, min(wanted or 8, busiest // config.min_chunk_size))
+
+
+def _deal(transfers: Ints, num_stages: int, density: WorkDensity | None, config: OverlapConfig) -> Dealing:
+    if isinstance(config.alg, GreedyOverlapAlg) and density is not None:
+        return Dealing(split_greedy(transfers, num_stages, density, config.max_num_chunks), num_stages)
+    return Dealing(split_uniform(transfers, num_stages), num_stages)
