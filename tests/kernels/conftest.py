@@ -68,15 +68,6 @@ def tested_names() -> set[str]:
     return {tested.name for tested in TESTED}
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from threads, and lose much where the machine has other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
     with poisoned_memory():

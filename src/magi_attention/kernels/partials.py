@@ -23,7 +23,9 @@ def finite_lse(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -math.inf, 0.0)
 
 
-def empty_partial(q: Tensor, head_dim_v: int, out_dtype: torch.dtype | None = None, *, with_max_logits: bool) -> Partial:
+def empty_partial(
+    q: Tensor, head_dim_v: int, out_dtype: torch.dtype | None = None, *, with_max_logits: bool
+) -> Partial:
     """What queries ``q`` ``[num_q, hq, d]`` get from no keys, the neutral element of `merge_`: ``out`` 0, the rest ``-inf``.
 
     ``out_dtype`` left out is the accumulation dtype.

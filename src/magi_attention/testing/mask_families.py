@@ -66,7 +66,8 @@ def _square(rows: list[Slice], n: int) -> Slices:
 
 def _cut(n: int, lengths: list[int]) -> list[tuple[int, int]]:
     """Documents of these lengths, over and over, until n tokens are cut."""
-    documents, start = [], 0
+    documents: list[tuple[int, int]] = []
+    start = 0
     while start < n:
         end = min(n, start + lengths[len(documents) % len(lengths)])
         documents.append((start, end))

@@ -20,7 +20,8 @@ from magi_attention.testing.tolerance import assert_as_exact_as
 class AttnResult:
     """What attention gives, and its gradients; None where it was not asked for.
 
-    ``out`` ``[num_q, hq, dv]``, ``lse`` ``[num_q, hq]``, ``max_logits`` ``[hq]``; ``dq``, ``dk``, ``dv``, ``dsink`` shaped as what they are gradients of.
+    ``out`` ``[num_q, hq, dv]``, ``lse`` ``[num_q, hq]``, ``max_logits`` ``[hq]``; ``dq``, ``dk``, ``dv``, ``dsink`` shaped as q, k, v
+    and sink.
     """
 
     out: Tensor | None = None
@@ -50,12 +51,12 @@ def attention_oracle(
     float64 is the oracle; the inputs' own dtype is the plain PyTorch run that sets the tolerance. With ``dout``, also the gradients.
     Queries that attend nothing give out 0, lse the sinks' (``-inf`` without) and no gradient.
     """
-    leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
     sink_leaf = None if sink is None else sink.detach().to(dtype).requires_grad_()
-    out, lse, max_logits = _attend(*leaves, attended, sink_leaf, sink_layout, softmax_scale, softcap)
+    out, lse, max_logits = _attend(q, k, v, attended, sink_leaf, sink_layout, softmax_scale, softcap)
     if dout is None:
         return AttnResult(out.detach(), lse.detach(), max_logits.detach())
-    wanted = leaves if sink_leaf is None else [*leaves, sink_leaf]
+    wanted = [q, k, v] if sink_leaf is None else [q, k, v, sink_leaf]
     grads = torch.autograd.grad(out, wanted, dout.to(dtype), allow_unused=True)
     filled = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, grads, strict=True)]
     return AttnResult(out.detach(), lse.detach(), max_logits.detach(), *filled)
