@@ -6,45 +6,43 @@ What each changes is balance, bytes moved, and how much of the moving is hidden.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
 from magi_attention.common.enum import AttnOverlapMode, DispatchAlgType, OverlapAlgType
 
 
 @dataclass(frozen=True)
 class DispatchAlg:
-    """How chunks are dealt to ranks. Use one of the classes below."""
+    """How chunks are dealt to ranks. Use one of the classes below; ``type`` is its name."""
 
-    @property
-    def type(self) -> DispatchAlgType:
-        """The algorithm's name."""
-        raise NotImplementedError
-
-
-def _named(name: DispatchAlgType) -> Any:
-    return property(lambda self: name, doc="The algorithm's name.")
+    type: ClassVar[DispatchAlgType]
 
 
 @dataclass(frozen=True)
 class MinHeapDispatchAlg(DispatchAlg):
     """Largest area first, each to the least loaded rank. Balances best for its cost; knows nothing of what must move."""
 
-    type = _named(DispatchAlgType.MIN_HEAP)
+    type: ClassVar[DispatchAlgType] = DispatchAlgType.MIN_HEAP
 
 
 @dataclass(frozen=True)
 class SequentialDispatchAlg(DispatchAlg):
     """Chunks in order. What a side that is not permutable gets."""
 
-    type = _named(DispatchAlgType.SEQUENTIAL_DISPATCH)
+    type: ClassVar[DispatchAlgType] = DispatchAlgType.SEQUENTIAL_SELECT
 
 
 @dataclass(frozen=True)
 class SortedSequentialSelectAlg(DispatchAlg):
-    """Chunks by falling area, dealt in turn, forwards and backwards."""
+    """Chunks by falling area, dealt in turn, forwards and backwards. ``allocation_ratio`` is kept for callers and changes nothing."""
 
-    type = _named(DispatchAlgType.SORTED_SEQUENTIAL_SELECT)
+    allocation_ratio: float = 1.0
+    type: ClassVar[DispatchAlgType] = DispatchAlgType.SORTED_SEQUENTIAL_SELECT
+
+    def __post_init__(self) -> None:
+        _check_share("allocation_ratio", self.allocation_ratio)
 
 
 @dataclass(frozen=True)
@@ -52,39 +50,38 @@ class ToppHeapDispatchAlg(DispatchAlg):
     """Largest area first, to that of the least loaded ``top_p`` share of ranks which shares most keys with the chunk."""
 
     top_p: float = 0.5
-    type = _named(DispatchAlgType.TOPP_HEAP)
+    type: ClassVar[DispatchAlgType] = DispatchAlgType.TOPP_HEAP
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.top_p <= 1.0:
-            raise ValueError(f"top_p must be a share of the ranks, in [0, 1], got {self.top_p}")
+        _check_share("top_p", self.top_p)
 
 
 @dataclass(frozen=True)
 class LBDispatchAlg(DispatchAlg):
     """A lower bound on the largest area. It assigns nothing: planning with it is a ValueError that names what does."""
 
-    type = _named(DispatchAlgType.LOWER_BOUND)
+    type: ClassVar[DispatchAlgType] = DispatchAlgType.LOWER_BOUND
 
 
 @dataclass(frozen=True)
 class DPDispatchAlg(DispatchAlg):
     """The best balance there is, by search over subsets: for a dozen chunks at most; beyond, a ValueError names what else to use."""
 
-    type = _named(DispatchAlgType.DYNAMIC_PROGRAMMING)
+    type: ClassVar[DispatchAlgType] = DispatchAlgType.DYNAMIC_PROGRAMMING
 
 
 @dataclass(frozen=True)
 class BSDispatchAlg(DispatchAlg):
     """Binary search for the smallest capacity that first-fit decreasing fills."""
 
-    type = _named(DispatchAlgType.BINARY_SEARCH)
+    type: ClassVar[DispatchAlgType] = DispatchAlgType.BINARY_SEARCH
 
 
 @dataclass(frozen=True)
 class AffinityDispatchAlg(DispatchAlg):
     """Among assignments within a few percent of balance, few rows received: chunks that share keys stay together."""
 
-    type = _named(DispatchAlgType.AFFINITY)
+    type: ClassVar[DispatchAlgType] = DispatchAlgType.AFFINITY
 
 
 @dataclass(frozen=True)
@@ -102,19 +99,17 @@ class DispatchConfig:
     alg: DispatchAlg = field(default_factory=AffinityDispatchAlg)
 
     def __post_init__(self) -> None:
-        _check_type("alg", self.alg, DispatchAlg, "an algorithm such as MinHeapDispatchAlg()")
+        _check_alg(self.alg, DispatchAlg, "MinHeapDispatchAlg()")
+        _check_type("uneven_shard", self.uneven_shard, bool, "True or False")
         if self.chunk_size is not None:
             _check_positive("chunk_size", self.chunk_size)
 
 
 @dataclass(frozen=True)
 class OverlapAlg:
-    """How remote rows are dealt to stages. Use one of the classes below."""
+    """How remote rows are dealt to stages. Use one of the classes below; ``type`` is its name."""
 
-    @property
-    def type(self) -> OverlapAlgType:
-        """The algorithm's name."""
-        raise NotImplementedError
+    type: ClassVar[OverlapAlgType]
 
 
 @dataclass(frozen=True)
@@ -122,17 +117,15 @@ class UniformOverlapAlg(OverlapAlg):
     """Every stage asks the same of every link. The two fields are kept for callers and change nothing."""
 
     random_costs: bool = False
-    random_seed: int = 42
-    type = property(lambda self: OverlapAlgType.UNIFORM, doc="The algorithm's name.")
+    random_seed: int | None = None
+    type: ClassVar[OverlapAlgType] = OverlapAlgType.UNIFORM
 
 
 @dataclass(frozen=True)
 class GreedyOverlapAlg(OverlapAlg):
-    """Rows that most work waits for travel first. The two fields are kept for callers and change nothing."""
+    """Rows that most work waits for travel first."""
 
-    random_costs: bool = False
-    random_seed: int = 42
-    type = property(lambda self: OverlapAlgType.GREEDY, doc="The algorithm's name.")
+    type: ClassVar[OverlapAlgType] = OverlapAlgType.GREEDY
 
 
 @dataclass(frozen=True)
@@ -140,9 +133,9 @@ class OverlapConfig:
     """How moving keys and values is hidden behind computing.
 
     Attributes:
-        enable: False is one remote stage.
-        mode: STATIC takes ``degree``; DYNAMIC chooses the number of stages by predicted time.
-        degree: remote stages, at least 1; with None, DYNAMIC is meant.
+        enable: False is one remote stage, whatever ``mode`` and ``degree`` say.
+        mode: STATIC takes ``degree``; DYNAMIC chooses the number of stages by predicted time, and does not look at ``degree``.
+        degree: remote stages, from 1 to ``max_num_chunks``; None only where it is not looked at.
         dynamic_max_degree: the most stages that DYNAMIC tries; None is 8.
         min_chunk_size: rows; the busiest rank's stages are no smaller, so short sequences get fewer stages.
         max_num_chunks: into how many parts a rank's remote rows are cut at most when DYNAMIC or greedy dealing looks at them.
@@ -164,22 +157,23 @@ class OverlapConfig:
     latency_cost: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_type("enable", self.enable, bool, "True or False")
         _check_type("mode", self.mode, AttnOverlapMode, "AttnOverlapMode.STATIC or AttnOverlapMode.DYNAMIC")
-        _check_type("alg", self.alg, OverlapAlg, "UniformOverlapAlg() or GreedyOverlapAlg()")
+        _check_alg(self.alg, OverlapAlg, "UniformOverlapAlg()")
+        for name in ("min_chunk_size", "max_num_chunks"):
+            _check_positive(name, getattr(self, name))
         for name in ("degree", "dynamic_max_degree"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
-        if self.degree is None and self.mode is AttnOverlapMode.STATIC:
+        if self.enable and self.mode is AttnOverlapMode.STATIC and not 1 <= (self.degree or 0) <= self.max_num_chunks:
             raise ValueError(
-                "degree must be a positive int under AttnOverlapMode.STATIC, got None; give it, or use DYNAMIC"
+                f"degree must be from 1 to max_num_chunks={self.max_num_chunks} under AttnOverlapMode.STATIC, got {self.degree}; "
+                "have it chosen by AttnOverlapMode.DYNAMIC, or set enable=False for one stage"
             )
-        for name in ("min_chunk_size", "max_num_chunks"):
-            _check_positive(name, getattr(self, name))
         for name in ("calc_cost_factor", "comm_cost_factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.latency_cost >= 0:
-            raise ValueError(f"latency_cost must be 0 or positive, got {self.latency_cost}")
+            factor = getattr(self, name)
+            if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {factor!r}")
 
 
 @dataclass(frozen=True)
@@ -206,11 +200,24 @@ class DistAttnConfig:
     def __post_init__(self) -> None:
         _check_type("dispatch_config", self.dispatch_config, DispatchConfig, "a DispatchConfig")
         _check_type("overlap_config", self.overlap_config, OverlapConfig, "an OverlapConfig")
+        _check_type("grpcoll_config", self.grpcoll_config, GrpCollConfig, "a GrpCollConfig")
 
 
 def _check_type(name: str, value: object, kind: type, expected: str) -> None:
     if not isinstance(value, kind):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _check_alg(alg: object, kind: type, example: str) -> None:
+    # The base class itself is no algorithm, and neither is an algorithm's class without its brackets.
+    _check_type("alg", alg, kind, f"an algorithm such as {example}")
+    if type(alg) is kind:
+        raise ValueError(f"alg must be one of the classes derived from {kind.__name__}, such as {example}, got {alg!r}")
+
+
+def _check_share(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a share, in [0, 1], got {value!r}")
 
 
 def _check_positive(name: str, value: object) -> None:

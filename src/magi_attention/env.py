@@ -11,20 +11,35 @@ _PREFIX = "MAGI_ATTENTION_"
 _DSINK_OPS = ("none", "sum", "avg")
 
 
+def _read(name: str) -> str:
+    """What a variable is set to, in lower case; "" where it is not set, or set to nothing."""
+    return os.environ.get(_PREFIX + name, "").strip().lower()
+
+
+def _choice(name: str, choices: tuple[str, ...]) -> str:
+    """One of ``choices``; the first where the variable is not set."""
+    value = _read(name) or choices[0]
+    if value not in choices:
+        raise ValueError(f"{_PREFIX}{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
 def _flag(name: str) -> bool:
-    value = os.environ.get(_PREFIX + name, "0").strip().lower()
+    value = _read(name)
     if value not in ("", "0", "1", "true", "false"):
         raise ValueError(f"{_PREFIX}{name} must be 0 or 1, got {value!r}")
     return value in ("1", "true")
 
 
 def _count(name: str, default: int, least: int) -> int:
-    value = os.environ.get(_PREFIX + name, "").strip()
-    if not value:
-        return default
-    if not value.lstrip("-").isdigit() or int(value) < least:
+    value = _read(name)
+    try:
+        count = int(value) if value else default
+    except ValueError:
+        count = least - 1
+    if count < least:
         raise ValueError(f"{_PREFIX}{name} must be an int of at least {least}, got {value!r}")
-    return int(value)
+    return count
 
 
 def sanity_check() -> bool:
@@ -54,10 +69,7 @@ def backward_high_precision_reduce() -> bool:
 
 def dsink_all_reduce_op() -> str:
     """DSINK_ALL_REDUCE_OP (none): what is done over ranks with their shares of the sink's gradient: none, sum or avg."""
-    value = os.environ.get(_PREFIX + "DSINK_ALL_REDUCE_OP", "none").strip().lower()
-    if value not in _DSINK_OPS:
-        raise ValueError(f"{_PREFIX}DSINK_ALL_REDUCE_OP must be one of {', '.join(_DSINK_OPS)}, got {value!r}")
-    return value
+    return _choice("DSINK_ALL_REDUCE_OP", _DSINK_OPS)
 
 
 def qo_comm() -> bool:
@@ -92,4 +104,4 @@ def min_chunks_per_rank() -> int:
 
 def backend() -> str:
     """BACKEND (auto): which kernel computes: auto, reference, tiled, cpu, triton, hopper. Checked where kernels are picked."""
-    return os.environ.get(_PREFIX + "BACKEND", "auto").strip().lower() or "auto"
+    return _read("BACKEND") or "auto"

@@ -143,8 +143,9 @@ def infer_attn_mask_from_sliding_window(
 
     Args:
         q_range, k_range: the tokens of the sample.
-        window_size: ``(left, right)``, flash-attention's, bottom-right aligned: query ``i`` of ``sq`` sees keys ``i + sk - sq - left .. i + sk - sq + right``
-            of ``sk``; -1 is unbounded. Where ``sq > sk`` the first ``sq - sk`` queries see nothing, whatever the window.
+        window_size: ``(left, right)``, flash-attention's, bottom-right aligned: query ``i`` of ``sq`` sees keys
+            ``i + sk - sq - left .. i + sk - sq + right`` of ``sk``; -1 is unbounded. Where ``sq > sk`` the first ``sq - sk`` queries see
+            nothing, whatever the window.
 
     Returns:
         ``(q_ranges, k_ranges, mask_types)``, in the order of queries.

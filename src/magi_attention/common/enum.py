@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import Enum
+from typing import SupportsIndex
 
 
 class AttnMaskType(Enum):
     """Which cells of the rectangle ``[q0, q1) x [k0, k1)`` a slice attends; constructible from its string.
 
-    ``FULL`` (0): all. ``CAUSAL`` (1, bottom-right aligned): ``j - i <= k1 - q1``. ``INVCAUSAL`` (2, top-left aligned): ``j - i >= k0 - q0``.
-    ``BICAUSAL`` (3): both.
+    ``FULL`` (0): all. ``CAUSAL`` (1, bottom-right aligned): ``j - i <= k1 - q1``. ``INVCAUSAL`` (2, top-left aligned):
+    ``j - i >= k0 - q0``. ``BICAUSAL`` (3): both.
     """
 
     FULL = "full"
@@ -38,19 +39,19 @@ class AttnMaskType(Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> AttnMaskType:
-        names = ", ".join(repr(member.value) for member in cls)
-        raise ValueError(f"a mask type must be one of {names} (or an AttnMaskType), got {value!r}")
+        names = ", ".join(f'"{member.value}"' for member in cls)
+        raise ValueError(f"a mask type must be one of {names}, or an AttnMaskType, got {value!r}")
 
 
 def to_mask_types(
     types: str | AttnMaskType | int | Iterable[str | AttnMaskType | int], num_slices: int
 ) -> list[AttnMaskType]:
-    """One type for all slices, or one for each, as a list of ``num_slices`` enums.
+    """One type for all slices, or one for each, as a list of ``num_slices`` enums. A type is an enum, its string or its int.
 
     Raises:
         ValueError: a name that is no mask type, or another number of types than slices.
     """
-    if isinstance(types, (str, AttnMaskType, int)):
+    if isinstance(types, str) or not isinstance(types, Iterable):
         return [_to_mask_type(types)] * num_slices
     result = [_to_mask_type(one) for one in types]
     if len(result) != num_slices:
@@ -61,7 +62,9 @@ def to_mask_types(
 
 
 def _to_mask_type(one: str | AttnMaskType | int) -> AttnMaskType:
-    return AttnMaskType(one) if isinstance(one, (str, AttnMaskType)) else AttnMaskType.from_int_type(int(one))
+    if isinstance(one, (str, AttnMaskType)) or not isinstance(one, SupportsIndex):
+        return AttnMaskType(one)
+    return AttnMaskType.from_int_type(int(one))
 
 
 class AttnRole(Enum):
@@ -94,7 +97,7 @@ class DispatchAlgType(Enum):
     BINARY_SEARCH = "binary_search"
     MIN_HEAP = "min_heap"
     TOPP_HEAP = "topp_heap"
-    SEQUENTIAL_DISPATCH = "sequential_dispatch"
+    SEQUENTIAL_SELECT = "sequential_select"
     SORTED_SEQUENTIAL_SELECT = "sorted_sequential_select"
     AFFINITY = "affinity"
 

@@ -11,9 +11,9 @@ from torch import Tensor
 class AttnForwardMeta:
     """Statistics of the softmax.
 
-    ``lse``: ``[num_tokens_q, num_heads_q]`` float32 (float64 for float64 inputs), natural log of the softmax's denominator; ``-inf`` where a query
-    attends nothing. ``max_logits``: ``[num_heads_q]`` of lse's dtype, or None where it was not asked for: the largest scaled logit
-    over attended cells, before softcap. Neither is differentiable.
+    ``lse``: ``[num_tokens_q, num_heads_q]`` float32 (float64 for float64 inputs), natural log of the softmax's denominator;
+    ``-inf`` where a query attends nothing. ``max_logits``: ``[num_heads_q]`` of lse's dtype, or None where it was not asked for: the
+    largest scaled logit over attended cells, before softcap. Neither is differentiable.
     """
 
     lse: Tensor | None

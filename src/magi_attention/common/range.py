@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from operator import index
+from typing import TypeAlias
 
 
 class RangeError(ValueError):
-    """Bounds that are no range, or a range outside what it must lie in."""
+    """Bounds that are no range."""
 
 
 class AttnRange:
-    """Tokens ``start .. end - 1``. Mutable, as programs already written expect; the planner works on arrays of its own.
+    """Tokens ``start .. end - 1``.
+
+    Mutable, as programs already written expect: ``start`` and ``end`` may be assigned one after the other, so only making a range checks
+    that ``start <= end``; `check_valid` checks it again. Whether a range lies inside a sequence is for the mask to check.
 
     Raises:
-        RangeError: unless ``0 <= start <= end``.
+        RangeError: bounds that are not ints, or ``start > end``.
     """
 
     __slots__ = ("_end", "_start")
 
     def __init__(self, start: int, end: int) -> None:
-        _check_bounds(start, end)
-        self._start, self._end = int(start), int(end)
+        try:
+            self._start, self._end = index(start), index(end)
+        except TypeError:
+            raise RangeError(f"a range must have two ints as bounds, got start={start!r}, end={end!r}") from None
+        if self._start > self._end:
+            raise RangeError(f"a range must satisfy start <= end, got start={start}, end={end}")
 
     @property
     def start(self) -> int:
@@ -30,8 +38,7 @@ class AttnRange:
 
     @start.setter
     def start(self, start: int) -> None:
-        _check_bounds(start, self._end)
-        self._start = int(start)
+        self._start = index(start)
 
     @property
     def end(self) -> int:
@@ -40,8 +47,7 @@ class AttnRange:
 
     @end.setter
     def end(self, end: int) -> None:
-        _check_bounds(self._start, end)
-        self._end = int(end)
+        self._end = index(end)
 
     @property
     def seqlen(self) -> int:
@@ -56,10 +62,10 @@ class AttnRange:
             RangeError: no valid pair.
         """
         if isinstance(attn_range, AttnRange):
-            return attn_range.clone()
+            return cls(attn_range._start, attn_range._end)
         if len(attn_range) != 2:
-            raise RangeError(f"a range is a pair (start, end), got {attn_range!r}")
-        return cls(*attn_range)
+            raise RangeError(f"a range must be a pair (start, end), got {attn_range!r}")
+        return cls(attn_range[0], attn_range[1])
 
     def to_naive_range(self) -> tuple[int, int]:
         """``(start, end)``."""
@@ -70,47 +76,45 @@ class AttnRange:
         return AttnRange(self._start, self._end)
 
     def offset(self, offset: int) -> AttnRange:
-        """A range moved by ``offset`` tokens.
-
-        Raises:
-            RangeError: it would start below 0.
-        """
+        """A range moved by ``offset`` tokens."""
         return AttnRange(self._start + offset, self._end + offset)
 
     def truncate(self, start: int | None = None, end: int | None = None) -> AttnRange:
-        """What lies in ``[start, end)``; empty where nothing does."""
+        """What lies in ``[start, end)``, a bound left out being none; empty where nothing does."""
         new_start = self._start if start is None else max(self._start, start)
         new_end = self._end if end is None else min(self._end, end)
         return AttnRange(new_start, max(new_start, new_end))
 
     def intersect(self, other: AttnRange) -> AttnRange:
-        """What both hold; empty where they do not meet."""
+        """What both hold; empty, at the smaller end, where they do not meet."""
         start, end = max(self._start, other._start), min(self._end, other._end)
-        return AttnRange(min(start, end), end) if start <= end else AttnRange(start, start)
+        return AttnRange(min(start, end), end)
 
     def intersect_size(self, other: AttnRange) -> int:
         """Tokens that both hold."""
         return max(0, min(self._end, other._end) - max(self._start, other._start))
 
     def union(self, other: AttnRange) -> list[AttnRange]:
-        """What either holds: one range where they touch or overlap, else both in order; empty ones are left out."""
+        """What either holds: one range where they overlap or one holds the other, else ``[self, other]``, also where they only touch."""
         if self.is_empty() or other.is_empty():
-            return [r.clone() for r in (self, other) if not r.is_empty()][:1]
-        first, second = sorted((self, other), key=lambda r: r.to_naive_range())
-        if second._start <= first._end:
-            return [AttnRange(first._start, max(first._end, second._end))]
-        return [first.clone(), second.clone()]
+            return [self, other]
+        if self.is_subrange_of(other):
+            return [other]
+        if other.is_subrange_of(self):
+            return [self]
+        if self.is_overlap_with(other):
+            return [AttnRange(min(self._start, other._start), max(self._end, other._end))]
+        return [self, other]
 
     def union_size(self, other: AttnRange) -> int:
         """Tokens that either holds."""
         return self.seqlen + other.seqlen - self.intersect_size(other)
 
     def diff_by(self, other: AttnRange) -> list[AttnRange]:
-        """The parts of ``other`` that are not in self, in order."""
-        if not self.is_overlap_with(other):
-            return [] if other.is_empty() else [other.clone()]
-        parts = [(other._start, self._start), (self._end, other._end)]
-        return [AttnRange(start, end) for start, end in parts if start < end]
+        """The parts of ``other`` that are not in self, in order; none of them empty."""
+        before = (other._start, min(other._end, self._start))
+        behind = (max(other._start, self._end), other._end)
+        return [AttnRange(start, end) for start, end in (before, behind) if start < end]
 
     def is_subrange_of(self, other: AttnRange) -> bool:
         """Whether ``other`` holds all of self."""
@@ -125,11 +129,11 @@ class AttnRange:
         return self._start == self._end
 
     def is_valid_close(self, start: int | None = None, end: int | None = None) -> bool:
-        """Whether ``start`` and ``end`` (left out: this range's own) bound a closed interval: ``start <= end``."""
+        """Whether ``start <= end``, a closed interval; a bound left out is this range's own."""
         return (self._start if start is None else start) <= (self._end if end is None else end)
 
     def is_valid_open(self, start: int | None = None, end: int | None = None) -> bool:
-        """Whether they bound a half-open interval that holds a token: ``start < end``."""
+        """Whether ``start < end``, a half-open interval that holds a token; a bound left out is this range's own."""
         return (self._start if start is None else start) < (self._end if end is None else end)
 
     def check_valid(self, start: int | None = None, end: int | None = None) -> None:
@@ -144,15 +148,14 @@ class AttnRange:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AttnRange):
             return NotImplemented
-        return self.to_naive_range() == other.to_naive_range()
+        return self._start == other._start and self._end == other._end
 
     def __hash__(self) -> int:
-        return hash(self.to_naive_range())
+        return hash((self._start, self._end))
 
     def __repr__(self) -> str:
         return f"[{self._start}, {self._end})"
 
 
-def _check_bounds(start: Any, end: Any) -> None:
-    if not 0 <= start <= end:
-        raise RangeError(f"a range must satisfy 0 <= start <= end, got start={start}, end={end}")
+NaiveRange: TypeAlias = tuple[int, int] | list[int]
+RangeType: TypeAlias = AttnRange | NaiveRange

@@ -1,26 +1,39 @@
-"""A list of half-open token intervals."""
+"""A list of half-open token intervals.
+
+Methods that compare ranges work on ``[n, 2]`` int64 arrays made on the spot: ranges are mutable and shared, so nothing is kept.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, overload
+from itertools import accumulate
+from typing import TYPE_CHECKING, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from magi_attention.common.range import AttnRange
+from magi_attention.common.range import AttnRange, NaiveRange, RangeError
 
 if TYPE_CHECKING:
     import torch
 
 Ints = NDArray[np.int64]
 
+# Of a long list, a message shows this many ranges.
+_MOST_SHOWN = 16
+
+
+class RangesError(RangeError, AssertionError):
+    """Ranges that are not what a method needs. An AssertionError too, because programs already written catch that."""
+
 
 class AttnRanges:
-    """Ranges in the order in which they were added; they may overlap. Mutable, as programs already written expect.
+    """Ranges in the order in which they were added; they may overlap, touch, or be empty.
 
-    *Sorted* is by start. *Merged* is sorted with no two touching or overlapping. *Local* coordinates are positions in the merged ranges
-    laid end to end:
+    Mutable, as programs already written expect: adding a range, indexing and slicing share the `AttnRange`; making, cloning, sorting and
+    merging copy it. *Sorted* is by start. *Merged* is sorted with no two touching or overlapping. *Local* coordinates are positions
+    in the merged ranges laid end to end:
 
         ranges   ..[5, 10)....[15, 20)....[25, 30)..
         local      [0, 5)      [5, 10)    [10, 15)
@@ -31,16 +44,12 @@ class AttnRanges:
 
     @staticmethod
     def from_ranges(ranges: AttnRanges | Iterable[AttnRange | Sequence[int]], check: bool = False) -> AttnRanges:
-        """Ranges of pairs ``(start, end)``, or copies of ranges.
+        """Ranges of pairs ``(start, end)``, or copies of ranges. Bounds are always checked; ``check`` is kept for callers.
 
         Raises:
             RangeError: a pair that is no range.
         """
-        result = AttnRanges()
-        result._ranges = [AttnRange.from_range(one) for one in ranges]
-        if check:
-            result.check_valid()
-        return result
+        return _of([AttnRange.from_range(one) for one in ranges])
 
     @staticmethod
     def from_cu_seqlens(cu_seqlens: Sequence[int], seq_len: int) -> AttnRanges:
@@ -49,38 +58,38 @@ class AttnRanges:
         Raises:
             ValueError: they do not begin at 0, ascend, and end at ``seq_len``.
         """
-        ends = list(cu_seqlens)
-        ascends = all(a < b for a, b in zip(ends, ends[1:], strict=False))
-        if ends and not (ends[0] == 0 and ends[-1] == seq_len and ascends):
-            raise ValueError(f"cu_seqlens must begin at 0, ascend strictly and end at seq_len={seq_len}, got {ends}")
-        return AttnRanges.from_ranges(list(zip(ends, ends[1:], strict=False)))
-
-    @staticmethod
-    def _from_array(pairs: Ints) -> AttnRanges:
-        return AttnRanges.from_ranges(pairs.tolist())
-
-    def _to_array(self) -> Ints:
-        return np.array(self.to_naive_ranges(), np.int64).reshape(-1, 2)
+        check_valid_cu_seqlens(cu_seqlens, seq_len)
+        return _of([AttnRange(start, end) for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)])
 
     def to_naive_ranges(self) -> list[tuple[int, int]]:
         """``[(start, end), ...]``."""
         return [one.to_naive_range() for one in self._ranges]
 
     def to_cu_seqlens(self, seq_len: int) -> list[int]:
-        """``[0, end of the first, ...]``.
+        """``[0, end of the first, ..., seq_len]``.
 
         Raises:
-            ValueError: unless `is_cu_seqlens`.
+            RangesError: unless `is_cu_seqlens`.
         """
         if not self.is_cu_seqlens(seq_len):
-            raise ValueError(f"ranges must tile [0, {seq_len}) in order to be cu_seqlens, got {self}")
+            raise RangesError(f"ranges must tile [0, {seq_len}) in order to be cu_seqlens, got {_shown(self)}")
         return [0, *(one.end for one in self._ranges)]
 
-    def to_tensor(self, device: str | torch.device = "cpu") -> torch.Tensor:
-        """``[n, 2]`` int32 on ``device``."""
+    def to_tensor(self, device: str | int | torch.device = "cpu") -> torch.Tensor:
+        """``[n, 2]`` int32 on ``device``.
+
+        Raises:
+            ValueError: a bound that int32 does not hold.
+        """
         import torch
 
-        return torch.tensor(self.to_naive_ranges(), dtype=torch.int32, device=device).reshape(-1, 2)
+        pairs = self._to_array()
+        if len(pairs) and (pairs.min() < np.iinfo(np.int32).min or pairs.max() > np.iinfo(np.int32).max):
+            raise ValueError(f"bounds must fit in int32, got ranges between {self.start} and {self.end}")
+        return torch.from_numpy(pairs.astype(np.int32)).to(device)
+
+    def _to_array(self) -> Ints:
+        return np.array(self.to_naive_ranges(), np.int64).reshape(-1, 2)
 
     def append(self, attn_range: AttnRange, check: bool = False) -> None:
         """Add one at the end."""
@@ -109,8 +118,8 @@ class AttnRanges:
         return self._ranges.pop(idx)
 
     def clear_empty(self) -> AttnRanges:
-        """A list without empty ranges."""
-        return self._of(one for one in self._ranges if not one.is_empty())
+        """A new list without the empty ranges."""
+        return _of([one for one in self._ranges if not one.is_empty()])
 
     def clone(self) -> AttnRanges:
         """A list of its own, of ranges of its own."""
@@ -118,22 +127,23 @@ class AttnRanges:
 
     def sort(self) -> AttnRanges:
         """A new list, by start; ranges that start together keep their order."""
-        return AttnRanges.from_ranges(sorted(self._ranges, key=lambda one: one.start))
+        return _of(sorted(self.clone()._ranges, key=lambda one: one.start))
 
     def merge(self) -> AttnRanges:
         """A new list: the union, as merged ranges."""
-        return AttnRanges._from_array(_merged(self._to_array()))
+        return _of_array(_merged(self._to_array()))
 
     def chunk(self, chunk_size: int, check: bool = True) -> list[AttnRanges]:
-        """Cut into lists of ``chunk_size`` tokens each, in order; the last may hold fewer.
+        """Cut into lists of ``chunk_size`` tokens each, in order; the last may hold fewer. Empty ranges are left out.
 
         Raises:
-            AssertionError: with ``check``, ranges that overlap.
+            RangesError: with ``check``, ranges that overlap.
             ValueError: a chunk_size below 1.
         """
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-        assert not check or self.is_non_overlap(), f"ranges that are chunked must not overlap, got {self}"
+        if check and not self.is_non_overlap():
+            raise RangesError(f"ranges that are cut into chunks must not overlap, got {_shown(self)}; merge them first")
         chunks: list[AttnRanges] = []
         room = 0
         for one in self._ranges:
@@ -150,15 +160,15 @@ class AttnRanges:
 
     def truncate(self, start: int | None = None, end: int | None = None) -> AttnRanges:
         """What of each lies in ``[start, end)``; ranges of which nothing does are left out."""
-        return self._of(one.truncate(start, end) for one in self._ranges).clear_empty()
+        return _of([one.truncate(start, end) for one in self._ranges]).clear_empty()
 
     def is_sorted(self) -> bool:
         """Whether starts do not descend."""
-        return all(a.start <= b.start for a, b in self._pairs())
+        return all(a.start <= b.start for a, b in self._neighbours())
 
     def is_merged(self) -> bool:
         """Whether sorted, and no two touch or overlap."""
-        return self.is_sorted() and all(a.end < b.start for a, b in self._pairs())
+        return self.is_sorted() and all(a.end < b.start for a, b in self._neighbours())
 
     def is_non_overlap(self) -> bool:
         """Whether no token is in two ranges."""
@@ -168,7 +178,7 @@ class AttnRanges:
         """Whether they tile ``[0, seqlen)`` in order."""
         if self.is_empty():
             return seqlen == 0
-        tiles = all(a.end == b.start for a, b in self._pairs())
+        tiles = all(a.end == b.start for a, b in self._neighbours())
         return self._ranges[0].start == 0 and tiles and self._ranges[-1].end == seqlen
 
     def is_valid(self) -> bool:
@@ -176,9 +186,9 @@ class AttnRanges:
         return all(one.is_valid_close() for one in self._ranges)
 
     def check_valid(self) -> None:
-        """ValueError unless `is_valid`."""
-        if not self.is_valid():
-            raise ValueError(f"every range must satisfy start <= end, got {self}")
+        """RangeError unless `is_valid`."""
+        for one in self._ranges:
+            one.check_valid()
 
     def is_empty(self) -> bool:
         """Whether the list has no ranges."""
@@ -187,61 +197,84 @@ class AttnRanges:
     def find_hole_ranges(
         self, other_attn_ranges: AttnRanges, is_self_merged: bool = False, is_other_merged: bool = False
     ) -> AttnRanges:
-        """Merged ranges of the tokens in self and not in the other."""
-        return self._combine(other_attn_ranges, lambda mine, theirs: mine & ~theirs)
+        """Self minus other: the tokens in self and not in the other, as merged ranges.
+
+        The flags, that a list is merged already, save time and change nothing.
+        """
+        pieces, is_shared = self._cut_by(other_attn_ranges, is_self_merged, is_other_merged)
+        return _of_array(pieces[~is_shared])
 
     def find_overlap_ranges(
         self, other_attn_ranges: AttnRanges, is_self_merged: bool = False, is_other_merged: bool = False
     ) -> AttnRanges:
-        """Merged ranges of the tokens in both."""
-        return self._combine(other_attn_ranges, lambda mine, theirs: mine & theirs)
+        """The tokens in both, as merged ranges. Flags as in `find_hole_ranges`."""
+        pieces, is_shared = self._cut_by(other_attn_ranges, is_self_merged, is_other_merged)
+        return _of_array(pieces[is_shared])
 
-    def _combine(self, other: AttnRanges, rule: _Rule) -> AttnRanges:
-        mine, theirs = _merged(self._to_array()), _merged(other._to_array())
-        points = np.unique(np.concatenate([mine.ravel(), theirs.ravel()]))
-        if len(points) < 2:
-            return AttnRanges()
-        kept = rule(_holds(mine, points[:-1]), _holds(theirs, points[:-1]))
-        return AttnRanges._from_array(_merged(np.stack([points[:-1], points[1:]], axis=1)[kept]))
+    def _cut_by(self, other: AttnRanges, is_self_merged: bool, is_other_merged: bool) -> tuple[Ints, NDArray[np.bool_]]:
+        """Self merged, cut wherever the other begins or ends: ``[n, 2]`` pieces, and ``[n]`` whether the other holds each."""
+        mine, theirs = _tokens_of(self._to_array(), is_self_merged), _tokens_of(other._to_array(), is_other_merged)
+        cuts = theirs.ravel()
+        inner = cuts[_holds(mine, cuts)]
+        starts = np.unique(np.concatenate([mine[:, 0], inner]))
+        cut_range = np.searchsorted(mine[:, 0], starts, side="right") - 1
+        ends = np.minimum(np.append(starts[1:], np.iinfo(np.int64).max), mine[cut_range, 1])
+        return np.stack([starts, ends], axis=1), _holds(theirs, starts)
 
     def make_range_local(
         self, other_attn_range: AttnRange, is_self_merged: bool = False, prefix_offset: list[int] | None = None
     ) -> tuple[AttnRange, AttnRange]:
         """A global range in local coordinates, and the merged range of self that holds it.
 
-        ``is_self_merged`` and ``prefix_offset`` save nothing here and are kept for callers.
+        ``is_self_merged``: self is merged already. ``prefix_offset``: the local starts of the merged ranges. Both save time and
+        change nothing.
 
         Raises:
             ValueError: no merged range of self holds all of it.
         """
-        merged = _merged(self._to_array())
-        start, at = _to_local(merged, np.array([other_attn_range.to_naive_range()]))
-        return AttnRange(int(start[0]), int(start[0]) + other_attn_range.seqlen), AttnRange(*merged[at[0]].tolist())
+        merged = self if is_self_merged else self.merge()
+        if prefix_offset is None:
+            prefix_offset = [0, *accumulate(one.seqlen for one in merged)][:-1]
+        if len(prefix_offset) != len(merged):
+            raise RangesError(
+                f"prefix_offset must hold one local start for each of the {len(merged)} merged ranges, got {len(prefix_offset)}"
+            )
+        at = bisect_right(merged._ranges, other_attn_range.start, key=lambda one: one.start) - 1
+        if at < 0 or not other_attn_range.is_subrange_of(merged[at]):
+            raise _not_inside(other_attn_range, merged)
+        start = prefix_offset[at] + other_attn_range.start - merged[at].start
+        return AttnRange(start, start + other_attn_range.seqlen), merged[at]
 
     def make_ranges_local(self, other_attn_ranges: AttnRanges, is_self_merged: bool = False) -> AttnRanges:
-        """Global ranges, one by one, in local coordinates. ValueError as `make_range_local`."""
-        wanted = other_attn_ranges._to_array()
-        start, _ = _to_local(_merged(self._to_array()), wanted)
-        return AttnRanges._from_array(np.stack([start, start + wanted[:, 1] - wanted[:, 0]], axis=1))
+        """Global ranges, one by one, in local coordinates. Flag and ValueError as in `make_range_local`."""
+        wanted, merged = other_attn_ranges._to_array(), self._to_array()
+        if not is_self_merged:
+            merged = _merged(merged)
+        at = np.searchsorted(merged[:, 0], wanted[:, 0], side="right") - 1
+        inside = (at >= 0) & (wanted[:, 1] <= np.append(merged[:, 1], -1)[at])
+        if not inside.all():
+            raise _not_inside(other_attn_ranges[int(np.flatnonzero(~inside)[0])], _of_array(merged))
+        lengths = merged[:, 1] - merged[:, 0]
+        shift = (np.cumsum(lengths) - lengths - merged[:, 0])[at]
+        return _of_array(wanted + shift[:, None])
 
     def intersect_size(self) -> int:
         """How many tokens are listed again: a token in n ranges counts n - 1 times."""
-        pairs = _merged(self._to_array())
-        return self.total_seqlen - int((pairs[:, 1] - pairs[:, 0]).sum())
+        return self.total_seqlen - _num_tokens(_merged(self._to_array()))
 
     def intersect_size_with(self, other: AttnRanges) -> int:
         """As `intersect_size` of both lists together, over the tokens that both hold."""
-        both = self.find_overlap_ranges(other)
-        inside = self._of(one.intersect(shared) for shared in both for one in (*self._ranges, *other._ranges))
-        return inside.intersect_size()
+        shared = self.find_overlap_ranges(other)._to_array()
+        listed = _num_tokens_inside(shared, self._to_array()) + _num_tokens_inside(shared, other._to_array())
+        return listed - _num_tokens(shared)
 
     def union_size(self) -> int:
-        """Tokens that any range holds, once each."""
-        return self.total_seqlen - self.intersect_size()
+        """Tokens listed, with repetition: `total_seqlen`."""
+        return self.total_seqlen
 
     def union_size_with(self, other: AttnRanges) -> int:
-        """Tokens that any range of either list holds, once each."""
-        return self._of([*self._ranges, *other._ranges]).union_size()
+        """Tokens listed by both lists, with repetition."""
+        return self.total_seqlen + other.total_seqlen
 
     @property
     def total_seqlen(self) -> int:
@@ -277,12 +310,7 @@ class AttnRanges:
         """All starts and ends, ascending, once each."""
         return sorted({point for one in self._ranges for point in one.to_naive_range()})
 
-    def _of(self, ranges: Iterable[AttnRange]) -> AttnRanges:
-        result = AttnRanges()
-        result._ranges = list(ranges)
-        return result
-
-    def _pairs(self) -> Iterable[tuple[AttnRange, AttnRange]]:
+    def _neighbours(self) -> Iterable[tuple[AttnRange, AttnRange]]:
         return zip(self._ranges, self._ranges[1:], strict=False)
 
     def __len__(self) -> int:
@@ -293,16 +321,28 @@ class AttnRanges:
     @overload
     def __getitem__(self, idx: slice) -> AttnRanges: ...
     def __getitem__(self, idx: int | slice) -> AttnRange | AttnRanges:
-        return self._of(self._ranges[idx]) if isinstance(idx, slice) else self._ranges[idx]
+        return _of(self._ranges[idx]) if isinstance(idx, slice) else self._ranges[idx]
 
     def __setitem__(self, idx: int | slice, value: AttnRange | AttnRanges) -> None:
+        """Replace one, or a slice by as many; a slice ``[a:b]`` that reaches behind the end adds there.
+
+        Raises:
+            RangesError: another kind of value, or another number of ranges than the slice names.
+        """
         if isinstance(idx, slice):
-            assert isinstance(value, AttnRanges), f"a slice takes AttnRanges, got {type(value).__name__}"
-            assert idx.stop - idx.start == len(value), f"{idx} takes {idx.stop - idx.start} ranges, got {len(value)}"
+            if not isinstance(value, AttnRanges):
+                raise RangesError(f"a slice of AttnRanges takes AttnRanges, got {value!r}")
+            has_bounds = (
+                idx.start is not None and idx.stop is not None and idx.step is None and min(idx.start, idx.stop) >= 0
+            )
+            num_named = idx.stop - idx.start if has_bounds else len(range(*idx.indices(len(self))))
+            if num_named != len(value):
+                raise RangesError(f"the slice names {num_named} ranges, got {len(value)}")
             self._ranges[idx] = value._ranges
-        else:
-            assert isinstance(value, AttnRange), f"an index takes an AttnRange, got {type(value).__name__}"
+        elif isinstance(value, AttnRange):
             self._ranges[idx] = value
+        else:
+            raise RangesError(f"an index of AttnRanges takes an AttnRange, got {value!r}")
 
     def __iter__(self) -> Iterator[AttnRange]:
         return iter(self._ranges)
@@ -314,11 +354,40 @@ class AttnRanges:
         return hash(tuple(self._ranges))
 
     def __repr__(self) -> str:
+        # Not to be taken for an empty list.
         return str(self._ranges) if self._ranges else "[[,)]"
 
 
+NaiveRanges: TypeAlias = Sequence[NaiveRange]
+RangesType: TypeAlias = AttnRanges | NaiveRanges
+
+
+def is_valid_cu_seqlens(cu_seqlens: Sequence[int], seq_len: int) -> bool:
+    """Whether cumulative lengths begin at 0, ascend strictly and end at ``seq_len``; an empty list does."""
+    if len(cu_seqlens) == 0:
+        return True
+    ascends = all(a < b for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False))
+    return bool(cu_seqlens[0] == 0 and ascends and cu_seqlens[-1] == seq_len)
+
+
+def check_valid_cu_seqlens(cu_seqlens: Sequence[int], seq_len: int) -> None:
+    """ValueError unless `is_valid_cu_seqlens`."""
+    if not is_valid_cu_seqlens(cu_seqlens, seq_len):
+        raise ValueError(f"cu_seqlens must begin at 0, ascend strictly and end at seq_len={seq_len}, got {cu_seqlens}")
+
+
+def _of(ranges: list[AttnRange]) -> AttnRanges:
+    result = AttnRanges()
+    result._ranges = ranges
+    return result
+
+
+def _of_array(pairs: Ints) -> AttnRanges:
+    return _of([AttnRange(start, end) for start, end in pairs.tolist()])
+
+
 def _merged(pairs: Ints) -> Ints:
-    """The union of ``[n, 2]`` ranges, merged."""
+    """The union of ``[n, 2]`` ranges, merged; an empty range stays where no other holds or touches it."""
     if not len(pairs):
         return pairs
     pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
@@ -328,29 +397,43 @@ def _merged(pairs: Ints) -> Ints:
     return np.stack([pairs[first, 0], reach[last]], axis=1)
 
 
+def _tokens_of(pairs: Ints, is_merged: bool) -> Ints:
+    """Merged ranges that hold a token, of the same tokens."""
+    pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+    return pairs if is_merged else _merged(pairs)
+
+
 def _holds(merged: Ints, tokens: Ints) -> NDArray[np.bool_]:
-    """Whether merged ranges hold each token."""
+    """``[n]``: whether merged ranges hold each token."""
+    ends = np.append(merged[:, 1], np.iinfo(np.int64).min)
+    held: NDArray[np.bool_] = tokens < ends[np.searchsorted(merged[:, 0], tokens, side="right") - 1]
+    return held
+
+
+def _num_tokens(pairs: Ints) -> int:
+    return int((pairs[:, 1] - pairs[:, 0]).sum())
+
+
+def _num_tokens_inside(merged: Ints, pairs: Ints) -> int:
+    """How often ``pairs`` list tokens of merged ranges."""
     if not len(merged):
-        return np.zeros(len(tokens), bool)
-    at = np.searchsorted(merged[:, 0], tokens, side="right") - 1
-    return (at >= 0) & (tokens < merged[at, 1])
+        return 0
+    before = np.concatenate([[0], np.cumsum(merged[:, 1] - merged[:, 0])])
+    at = np.searchsorted(merged[:, 0], pairs, side="right")  # [n, 2]: merged ranges that begin at or before the bound
+    behind_last = np.maximum(merged[at - 1, 1] - pairs, 0)  # tokens of the last of them that lie behind the bound
+    held_before = before[at] - np.where(at > 0, behind_last, 0)
+    return _num_tokens(held_before)
 
 
-def _to_local(merged: Ints, wanted: Ints) -> tuple[Ints, Ints]:
-    """Local starts of ``wanted`` ``[n, 2]``, and which merged range holds each."""
-    at = np.searchsorted(merged[:, 0], wanted[:, 0], side="right") - 1
-    inside = (at >= 0) & (wanted[:, 1] <= np.append(merged[:, 1], -1)[at])
-    if not inside.all():
-        lost = AttnRange(*wanted[np.flatnonzero(~inside)[0]].tolist())
-        raise ValueError(
-            f"The attn_range {lost} is not in the (even merged) attn_ranges {AttnRanges._from_array(merged)}: only a range that lies "
-            "inside one of them has local coordinates"
-        )
-    before = np.cumsum(merged[:, 1] - merged[:, 0]) - (merged[:, 1] - merged[:, 0])
-    return before[at] + wanted[:, 0] - merged[at, 0], at
+def _shown(ranges: AttnRanges) -> str:
+    """For a message: all of a short list, the beginning of a long one."""
+    if len(ranges) <= _MOST_SHOWN:
+        return repr(ranges)
+    return f"{ranges[:_MOST_SHOWN]!r} and {len(ranges) - _MOST_SHOWN} more"
 
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    _Rule = Callable[[NDArray[np.bool_], NDArray[np.bool_]], NDArray[np.bool_]]
+def _not_inside(attn_range: AttnRange, merged: AttnRanges) -> ValueError:
+    return ValueError(
+        f"The attn_range {attn_range} has no local coordinates: it must lie inside one of the merged ranges {_shown(merged)}. "
+        "Intersect it with them first"
+    )

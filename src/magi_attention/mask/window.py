@@ -1,8 +1,8 @@
 """Sliding windows, and the keys that all see, as the fewest slices of the four types.
 
-A sample has ``sq`` queries and ``sk`` keys, bottom-right aligned. Where ``sq > sk`` the first ``sq - sk`` queries see nothing; the others are
-rows ``0 .. num_q - 1`` here, and keys are columns ``0 .. num_k - 1``. Row ``i`` sees ``lo <= j - i <= hi``, and of the first
-``num_global`` keys those with ``j - i <= hi``:
+A sample has ``sq`` queries and ``sk`` keys, bottom-right aligned. Where ``sq > sk`` the first ``sq - sk`` queries see nothing; the
+others are rows ``0 .. num_q - 1`` here, and keys are columns ``0 .. num_k - 1``. Row ``i`` sees ``lo <= j - i <= hi``, and of the
+first ``num_global`` keys those with ``j - i <= hi``:
 
     global keys      ##......     left end: level, until it turns slanted in the left turn,
         |            ###.....     the last row that begins where the level is
@@ -55,8 +55,8 @@ class _Samples:
 class _Cut:
     """How to cut each sample; every field ``[num_samples]`` int64.
 
-    The window is rows ``first_row ..`` whose left end is at column ``level`` above ``left_cut`` and slanted from there on, and whose right end
-    is slanted above ``right_cut`` and level from there on. The block of global keys is rows ``block_row ..``.
+    The window is rows ``first_row ..`` whose left end is at column ``level`` above ``left_cut`` and slanted from there on, and whose
+    right end is slanted above ``right_cut`` and level from there on. The block of global keys is rows ``block_row ..``.
     """
 
     first_row: Ints
@@ -95,8 +95,8 @@ def window_slices(
 
     Args:
         q_ranges, k_ranges: ``[num_samples, 2]``, the tokens of each sample.
-        window_size: ``(left, right)`` as flash-attention's: query ``i`` of a sample sees keys ``i + sk - sq - left .. i + sk - sq + right``; -1 is
-            unbounded.
+        window_size: ``(left, right)`` as flash-attention's: query ``i`` of a sample sees keys
+            ``i + sk - sq - left .. i + sk - sq + right``; -1 is unbounded.
         num_global: the first keys of a sample that its queries also see, as far as ``right`` allows.
 
     Returns:

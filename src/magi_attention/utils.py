@@ -1,0 +1,78 @@
+"""Process groups as torchrun's environment describes them. Kept for programs already written."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+def setup_dist_env(
+    backend: str | None = None,
+    base_seed: int | None = None,
+    seed_bias: Callable[[int], int] = lambda rank: 0,
+) -> tuple[int, int, int, int, int, dist.ProcessGroup, int | torch.device, int | None]:
+    """Join the default process group of the processes that torchrun started; without torchrun, of this process alone.
+
+    Args:
+        backend: of torch.distributed; left out, "nccl" where there is a GPU, else "gloo".
+        base_seed: seeds Python's, numpy's and torch's random numbers with ``base_seed + seed_bias(rank)``; left out, none is seeded.
+        seed_bias: what a rank adds to the seed; left out, nothing, so that all ranks draw the same numbers.
+
+    Returns:
+        ``(rank, local_rank, world_size, num_nodes, num_local_ranks, world_group, device, seed)``. ``device`` is the index of the
+        current GPU, which is set to ``local_rank``, or the CPU. ``seed`` is None without ``base_seed``.
+
+    Raises:
+        ValueError: a variable of torchrun's that is no int, or ranks without an address to meet at.
+    """
+    rank, local_rank, world_size = _int("RANK", default=0), _int("LOCAL_RANK", default=0), _int("WORLD_SIZE", default=1)
+    # torchrun sets the first of each; scripts that start ranks by themselves often set the second.
+    num_nodes = _int("GROUP_WORLD_SIZE", "NNODES", default=1)
+    num_local_ranks = _int("LOCAL_WORLD_SIZE", "NPROC_PER_NODE", default=max(1, world_size // num_nodes))
+
+    device: int | torch.device = torch.device("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = torch.cuda.current_device()
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend=backend, rank=rank, world_size=world_size)
+    elif world_size == 1:
+        dist.init_process_group(backend=backend, rank=0, world_size=1, store=dist.HashStore())
+    else:
+        raise ValueError(
+            f"{world_size} ranks (WORLD_SIZE) need MASTER_ADDR and MASTER_PORT in order to meet, and MASTER_ADDR is not set; "
+            "start them with torchrun"
+        )
+    seed = None
+    if base_seed is not None:
+        seed = base_seed + seed_bias(rank)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+    world_group = dist.group.WORLD
+    assert world_group is not None
+    return rank, local_rank, world_size, num_nodes, num_local_ranks, world_group, device, seed
+
+
+def clearup_dist_env() -> None:
+    """Leave the default process group, and all others; nothing where there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _int(*names: str, default: int) -> int:
+    """The first of these variables that is set."""
+    for name in names:
+        value = os.environ.get(name)
+        if value is not None:
+            try:
+                return int(value)
+            except ValueError:
+                raise ValueError(f"{name} must be an int, as torchrun sets it, got {value!r}") from None
+    return default
