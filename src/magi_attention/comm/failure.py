@@ -1,7 +1,7 @@
 """What is said when a collective fails: which one, on which rank, who was awaited, and who never came.
 
 No message is exchanged until something has failed. Then every rank that sees the failure leaves a note in the group's store, and names
-the peers that have left none.
+the ranks that have left none.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Call:
 def describe_failure(call: Call, seconds: float, cause: Exception) -> CommTimeoutError:
     """The error to raise for ``call``, which failed with ``cause`` after ``seconds``. Takes up to `SECONDS_FOR_NOTES`."""
     ranks = dist.get_process_group_ranks(call.group)
-    peers = sorted({*call.sources, *call.targets} - {dist.get_rank(call.group)})
+    peers = {*call.sources, *call.targets}
     due = [f"from {_name(call.sources, ranks)}"] if call.sources else []
     due += [f"to {_name(call.targets, ranks)}"] if call.targets else []
     return CommTimeoutError(
         f"{call} failed on rank {dist.get_rank()} after {seconds:.1f} s. Rows were due {' and '.join(due) or 'from and to nobody'}. "
-        f"{_ask_peers(call, peers, ranks)} How long a rank waits is the timeout of the process group "
+        f"{_ask_around(call, peers, ranks)} How long a rank waits is the timeout of the process group "
         f"(init_process_group(timeout=...)). The backend says: {cause}"
     )
 
@@ -58,37 +58,38 @@ def _name(group_ranks: Sequence[int], ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(group_ranks) != 1 else ''} {', '.join(str(ranks[rank]) for rank in group_ranks)}"
 
 
-def _ask_peers(call: Call, peers: Sequence[int], ranks: Sequence[int]) -> str:
-    """Who among ``peers`` never came, and who stopped elsewhere."""
+def _ask_around(call: Call, peers: set[int], ranks: Sequence[int]) -> str:
+    """Who never came, and who stopped elsewhere: first among ``peers``, but a peer may itself have lost a peer of its own."""
+    others = [rank for rank in range(len(ranks)) if rank != dist.get_rank(call.group)]
     try:
-        notes = _exchange_notes(call, peers)
+        notes = _exchange_notes(call, others)
     except RuntimeError as error:  # the store's own host may be the one that is gone
         return f"Who is missing could not be found out: {error}."
-    missing = [rank for rank in peers if rank not in notes]
-    elsewhere = [rank for rank in peers if notes.get(rank, str(call)) != str(call)]
+    missing = [rank for rank in others if rank not in notes]
     said = []
+    for rows_are_due, there in ((True, "of them"), (False, "of the others")):
+        silent = [rank for rank in missing if (rank in peers) == rows_are_due]
+        if silent:
+            said.append(f"No word, {there}, from {_name(silent, ranks)}.")
     if missing:
         said.append(
-            f"No word from {_name(missing, ranks)}: dead, stuck or still busy elsewhere, or not calling this at all; look at the "
-            f"first error there."
+            "Whoever is silent is dead, stuck, busy elsewhere, or not calling this: look at the first error there."
         )
-    if elsewhere:
-        said.append("; ".join(f"rank {ranks[rank]} failed in {notes[rank]}" for rank in elsewhere) + ".")
-    return (
-        " ".join(said)
-        or "All of them report that it failed there too: suspect the network, or a timeout that is too short."
-    )
+    else:
+        said.append("All ranks report a failure.")
+    said += [f"Rank {ranks[rank]} failed in {note}." for rank, note in notes.items() if note != str(call)]
+    return " ".join(said)
 
 
-def _exchange_notes(call: Call, peers: Sequence[int]) -> dict[int, str]:
-    """Leave this rank's note; the notes of ``peers`` that are there within `SECONDS_FOR_NOTES`, by rank of the group."""
+def _exchange_notes(call: Call, others: Sequence[int]) -> dict[int, str]:
+    """Leave this rank's note; the notes of ``others`` that are there within `SECONDS_FOR_NOTES`, by rank of the group."""
     store = c10d._get_process_group_store(call.group)
     store.set(_key(dist.get_rank(call.group)), str(call))
     deadline, pause = time.monotonic() + SECONDS_FOR_NOTES, 0.02
-    while not store.check([_key(rank) for rank in peers]) and time.monotonic() < deadline:
+    while not store.check([_key(rank) for rank in others]) and time.monotonic() < deadline:
         time.sleep(pause)
         pause = min(2 * pause, 0.25)
-    return {rank: store.get(_key(rank)).decode() for rank in peers if store.check([_key(rank)])}
+    return {rank: store.get(_key(rank)).decode() for rank in others if store.check([_key(rank)])}
 
 
 def _key(rank: int) -> str:

@@ -16,8 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowFormat:
-    """``shapes``, ``dtypes``: of one row of each tensor. ``offsets``: the byte at which each begins, aligned to its dtype. ``num_bytes``: of a
-    row, aligned to every dtype; there is no padding where the dtypes are equal."""
+    """Which bytes of a row are which tensor's.
+
+    ``shapes``, ``dtypes``: of one row of each tensor. ``offsets``: the byte at which each begins, aligned to its dtype. ``num_bytes``: of a
+    row, aligned to every dtype. There is no padding where the dtypes are equal.
+    """
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
@@ -67,8 +70,8 @@ class RowFormat:
 def as_wide_integers(buffer: Tensor) -> Tensor:
     """``[rows, num_bytes]`` uint8 seen in the widest integer that divides a row.
 
-    Backends do not all move every dtype (gloo no bfloat16), but all move these; and some count what they move in 32 bits, which wide elements
-    put off to 16 GiB.
+    Not every backend moves every dtype (gloo no bfloat16), but all move these; and some count the elements that they move in 32 bits, which
+    wide ones put off to 16 GiB.
     """
     for dtype in (torch.int64, torch.int32):
         if buffer.shape[1] and buffer.shape[1] % dtype.itemsize == 0:

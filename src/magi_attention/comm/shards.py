@@ -33,7 +33,8 @@ def reduce_scatter_rows(
 ) -> Tensor:
     """This rank's ``[counts[rank], ...]`` of the sum of all ranks' ``x`` ``[sum(counts), ...]``; the adjoint of `gather_rows`.
 
-    Summed in the order of ranks, in float32 where the dtype is narrower, so that every run has the same bits.
+    Summed in the order of ranks, in float32 where the dtype is narrower, so that every run has the same bits. In a group of one rank, ``x``
+    itself.
     """
     if group_size(group) == 1:
         return x

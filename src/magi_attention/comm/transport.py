@@ -15,6 +15,9 @@ from torch import Tensor
 from magi_attention.comm.pending import Pending, start
 from magi_attention.comm.row_format import as_wide_integers
 
+# The same function: newer torch warns of the older name, older torch lacks the newer one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def group_size(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
@@ -38,8 +41,7 @@ def carrier_device(device: torch.device, group: dist.ProcessGroup) -> torch.devi
 
 def _backends(group: dist.ProcessGroup) -> dict[str, str]:
     """The group's backend for each type of device."""
-    pairs = (pair.split(":") for pair in dist.get_backend_config(group).split(","))
-    return {device: backend for device, backend in pairs}
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
 
 
 def all_to_all_rows(
@@ -91,7 +93,7 @@ def all_gather_rows(
         outgoing = torch.cat([outgoing, outgoing.new_zeros(share - len(send), send.shape[1])])
     incoming = torch.empty(num_ranks * share, send.shape[1], dtype=torch.uint8, device=carrier)
     collective = partial(
-        dist.all_gather_into_tensor,
+        _all_gather,
         as_wide_integers(incoming),
         as_wide_integers(outgoing),
         group=group,

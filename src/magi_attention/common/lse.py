@@ -1,7 +1,6 @@
 """Merging attention over some keys with attention over others, by their log-sum-exps.
 
-With ``l = log(exp(l_a) + exp(l_b))``, ``out = out_a * exp(l_a - l) + out_b * exp(l_b - l)``: each is weighted by the share of the whole that its
-keys hold.
+With ``l = log(exp(l_a) + exp(l_b))``, ``out = out_a * exp(l_a - l) + out_b * exp(l_b - l)``: each is weighted by its keys' share of the whole.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ def finite_lse(lse: Tensor) -> Tensor:
 def merge_partial_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
     """Add the keys of ``other_*`` to those of ``out`` and ``lse``, in place.
 
-    ``out``, ``other_out``: ``[num_q, num_heads, head_dim]``, each normalised by its own lse, ``out`` in the accumulation dtype. ``lse``,
-    ``other_lse``: ``[num_q, num_heads]``, natural log. Either lse may be ``-inf`` (its out is then 0); where both are, the row stays 0 and ``-inf``.
+    ``out``, ``other_out``: ``[num_q, num_heads, head_dim]``, each normalised by its own lse, ``out`` in the accumulation dtype.
+    ``lse``, ``other_lse``: ``[num_q, num_heads]``, natural log. Either may be ``-inf`` (its out is then 0); where both are, the row stays 0
+    and ``-inf``.
     """
     merged = torch.logaddexp(lse, other_lse)
     base = finite_lse(merged)

@@ -198,8 +198,9 @@ def _context() -> Any:
     if "forkserver" not in methods:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    # Every rank imports the main module again, as spawned processes do; where that is pytest, it costs more than the rest.
-    context.set_forkserver_preload(["torch", __name__, *(["pytest"] if "pytest" in sys.modules else [])])
+    # What every rank would import for itself: torch, and under pytest the main module and what torch.testing.assert_close imports late.
+    under_test = ["pytest", "torch.distributed.tensor"] if "pytest" in sys.modules else []
+    context.set_forkserver_preload(["torch", __name__, *under_test])
     return context
 
 
@@ -304,7 +305,7 @@ def _carry_out(job: _Job) -> tuple[bool, Any]:
         fn, args = pickle.loads(job.payload)
         result = fn(*args)
         pickle.dumps(result)
-    except BaseException:  # noqa: BLE001 - whatever ended the function is the rank's answer
+    except BaseException:
         return False, traceback.format_exc()
     return True, result
 
