@@ -53,6 +53,7 @@ def make_key(
         is_k_permutable=is_k_permutable,
         layout_key=layout_key,
         keeps_dispatch=keeps_dispatch,
+        moves_queries=env.qo_comm(),
     )
     session = cache.find_session(key)
     if session is None:
@@ -83,11 +84,10 @@ def _with_chunk_size(config: DistAttnConfig, chunk_size: int | None) -> DistAttn
 
 
 def _refuse_unfinished_modes() -> None:
-    for name, is_on in (("QO_COMM", env.qo_comm()), ("HIERARCHICAL_COMM", env.hierarchical_comm())):
-        if is_on:
-            raise NotImplementedError(
-                f"MAGI_ATTENTION_{name} is not implemented yet; unset it: keys and values then move flat, each needed row once"
-            )
+    if env.hierarchical_comm():
+        raise NotImplementedError(
+            "MAGI_ATTENTION_HIERARCHICAL_COMM is not implemented yet; unset it: rows then move flat, each needed one once"
+        )
 
 
 def pick_backend(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings) -> Backend:

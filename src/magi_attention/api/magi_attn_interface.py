@@ -348,7 +348,8 @@ def calc_attn(
         return_max_logits: also the largest scaled logit of each head, before softcap, over all ranks.
 
     Returns:
-        ``out`` ``[num_local_rows_q, num_heads_q, head_dim of v]`` in q's dtype, and ``AttnForwardMeta(lse [num_local_rows_q, num_heads_q], max_logits
+        ``out`` ``[num_local_rows_q, num_heads_q, head_dim of v]`` in q's dtype, and ``AttnForwardMeta(lse [num_local_rows_q,
+        num_heads_q], max_logits
         [num_heads_q] or None)``. A query that attends nothing (padding too) has output 0, lse -inf (the sink's, with one) and zero
         gradients. Differentiable in q, k, v and sink.
 
@@ -371,6 +372,7 @@ def calc_attn(
     options = ExecutionOptions(
         backend=pick_backend(q, k, v, settings),
         settings=settings,
+        high_precision_forward=env.forward_high_precision_reduce(),
         high_precision_backward=env.backward_high_precision_reduce(),
         dsink_reduce_op=env.dsink_all_reduce_op(),
     )

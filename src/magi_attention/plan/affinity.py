@@ -9,7 +9,8 @@ runs alone are unbalanced: late chunks of long documents have many times the are
 3. *Relief.* The rank that receives most swaps a chunk for one that lowers the larger received count of the pair, until none does;
    then every rank, those that receive most first, makes the swap that lowers the sum of the pair's counts most.
 
-Everything is counted in columns, the chunks of the key sequence; ``D[c]`` are the columns that chunk ``c`` attends, kept as intervals, so that
+Everything is counted in columns, the chunks of the key sequence; ``D[c]`` are the columns that chunk ``c`` attends, kept as
+intervals, so that
 what a rank would receive with or without a chunk is a difference of two prefix sums.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +41,8 @@ _NEVER = np.iinfo(np.int64).max
 class ChunkDemand:
     """What is known of the chunks before they have owners.
 
-    ``areas``: ``[num_chunks]`` attended cells. ``chunk``, ``first``, ``last``: ``[n]``, rows ``D[chunk]`` includes columns ``[first, last)``; ordered by chunk. ``rows``:
+    ``areas``: ``[num_chunks]`` attended cells. ``chunk``, ``first``, ``last``: ``[n]``, rows ``D[chunk]`` includes columns
+    ``[first, last)``; ordered by chunk. ``rows``:
     ``[num_columns]`` key rows of each column. ``owns_columns``: column ``c`` belongs to the owner of chunk ``c`` (self-attention).
     """
 
@@ -151,8 +154,10 @@ def received_rows(demand: ChunkDemand, needs: Counts, owner: Ints) -> Ints:
 class SwapSearch:
     """An assignment under swaps, with what every rank computes and receives kept up to date.
 
-    ``needs``: see `count_needs`. ``unneeded``, ``lone``: ``[num_ranks, num_columns + 1]`` int64 prefix sums over columns of the rows of columns
-    that none, and that exactly one, of a rank's chunks attend. ``freed``: ``[num_chunks]`` rows that a chunk's rank would no longer receive without it.
+    ``needs``: see `count_needs`. ``unneeded``, ``lone``: ``[num_ranks, num_columns + 1]`` int64 prefix sums over columns of
+    the rows of columns
+    that none, and that exactly one, of a rank's chunks attend. ``freed``: ``[num_chunks]`` rows that a chunk's rank would no
+    longer receive without it.
     """
 
     def __init__(self, demand: ChunkDemand, owner: Ints, num_ranks: int) -> None:
@@ -247,7 +252,7 @@ class SwapSearch:
             for rank in np.argsort(-self.received, kind="stable").tolist():
                 view = SwapView(self, rank)
                 score = np.where(view.worst_area() <= limit, view.change_in_all(), _NEVER)
-                self._try_best(view, score, 0, lambda new, old: new.sum() < old.sum() and new.max() <= ceiling)
+                self._try_best(view, score, 0, partial(_lowers_sum, ceiling))
 
     def _try_best(self, view: SwapView, score: Ints, bound: int, better: Callable[[Ints, Ints], bool]) -> bool:
         """Make the best swap by ``score`` (below ``bound``) that is ``better`` once its counts are exact."""
@@ -291,6 +296,10 @@ class SwapSearch:
             self.area[source] -= self.demand.areas[chunk]
             self.area[target] += self.demand.areas[chunk]
             self.owner[chunk] = target
+
+
+def _lowers_sum(ceiling: int, new: Ints, old: Ints) -> bool:
+    return bool(new.sum() < old.sum() and new.max() <= ceiling)
 
 
 class SwapView:

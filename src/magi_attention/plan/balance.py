@@ -1,6 +1,7 @@
 """Dispatch that balances area alone: the classical algorithms for identical machines, with equally many chunks a rank.
 
-Each is a function ``(areas, num_ranks, max_chunks) -> owner``: ``areas`` ``[num_chunks]`` attended cells of each chunk, at most ``max_chunks``
+Each is a function ``(areas, num_ranks, max_chunks) -> owner``: ``areas`` ``[num_chunks]`` attended cells of each chunk, at
+most ``max_chunks``
 chunks a rank; ``owner`` ``[num_chunks]`` int64. All are deterministic.
 """
 

@@ -1,6 +1,7 @@
 """What a plan costs in time, predicted: enough to choose between plans, and to see what will wait for what.
 
-The timeline of one rank, as the executor runs it: the exchange of stage s + 1 is posted when stage s begins to compute, and a stage computes
+The timeline of one rank, as the executor runs it: the exchange of stage s + 1 is posted when stage s begins to compute, and a
+stage computes
 once its rows are there and the one before it is done.
 
     link      |cast 0 |cast 1      |cast 2|
@@ -64,7 +65,8 @@ class Machine:
 class Workload:
     """What every rank does in a plan.
 
-    ``host_cells`` ``[num_ranks]``, ``stage_cells`` ``[num_stages, num_ranks]``: attended cells. ``stage_rows`` ``[num_stages, num_ranks]``: rows sent or
+    ``host_cells`` ``[num_ranks]``, ``stage_cells`` ``[num_stages, num_ranks]``: attended cells. ``stage_rows`` ``[num_stages,
+    num_ranks]``: rows sent or
     received, whichever is more.
     """
 

@@ -33,7 +33,8 @@ AREA_SLACK = 1.045
 class DispatchProblem:
     """Chunks that want owners.
 
-    ``bands``: ``[n, 6]`` the mask. ``q_edges`` ``[num_chunks + 1]``: where chunks begin, and the end. ``k_edges``: the same of the keys, whose chunks are
+    ``bands``: ``[n, 6]`` the mask. ``q_edges`` ``[num_chunks + 1]``: where chunks begin, and the end. ``k_edges``: the same of
+    the keys, whose chunks are
     owned with the queries' where ``owns_columns`` (self-attention). ``areas``: ``[num_chunks]`` attended cells.
     """
 

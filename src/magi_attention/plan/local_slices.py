@@ -54,7 +54,8 @@ def segments_of_buffer(begin: Ints, end: Ints, source: Ints) -> Ints:
 def to_buffer(pieces: Ints, q_by: Ints, segments: Ints, blocked: Flags | None = None) -> Ints:
     """Express pieces in local q coordinates and buffer rows, dropping what the buffer does not hold.
 
-    ``pieces``: ``[p, 6]`` global rows. ``q_by``: ``[p]`` shift to local q. ``segments``: ``[s, 4]``, ascending by source, then position, their
+    ``pieces``: ``[p, 6]`` global rows. ``q_by``: ``[p]`` shift to local q. ``segments``: ``[s, 4]``, ascending by source, then
+    position, their
     buffer rows end to end. ``blocked``: ``[p, num_sources]``, pieces that leave a source's rows alone. Returns a tight ``[n, 6]`` table.
     """
     if not len(pieces) or not len(segments):

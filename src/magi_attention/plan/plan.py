@@ -32,7 +32,8 @@ from magi_attention.plan.stages import Dealing
 class StagePlan:
     """One exchange of one rank and what it computes with the rows that arrive.
 
-    ``bands``: ``[n, 6]``. Of keys: local q rows, and rows of the buffer that ``exchange`` fills. Of guests: rows of that buffer, and local k rows.
+    ``bands``: ``[n, 6]``. Of keys: local q rows, and rows of the buffer that ``exchange`` fills. Of guests: rows of that
+    buffer, and local k rows.
     """
 
     exchange: Exchange
@@ -43,7 +44,8 @@ class StagePlan:
 class RankPlan:
     """What one rank does: ``host_bands`` ``[n, 6]`` in local q and local k rows, then the remote stages in order.
 
-    ``stages`` are the forward's, ``backward_stages`` the backward's (often the same). ``guests``: other ranks' queries that are computed here, or
+    ``stages`` are the forward's, ``backward_stages`` the backward's (often the same). ``guests``: other ranks' queries that
+    are computed here, or
     None where the plan moves none. Every rank has the same number of each, so that all take part in each exchange, empty or not.
     """
 
@@ -60,8 +62,10 @@ class RankPlan:
 class AttnPlan:
     """A mask spread over ranks.
 
-    ``forward``, ``backward``: the k rows that cross from one rank to another, dealt to stages (tables with the columns of ``plan.demand``). ``guests``:
-    such a table of q rows, empty unless queries move; ``moved``: ``[num_q_chunks, num_ranks]``, which chunks are computed as guests of which ranks,
+    ``forward``, ``backward``: the k rows that cross from one rank to another, dealt to stages (tables with the columns of
+    ``plan.demand``). ``guests``:
+    such a table of q rows, empty unless queries move; ``moved``: ``[num_q_chunks, num_ranks]``, which chunks are computed as
+    guests of which ranks,
     or None.
     """
 
@@ -197,11 +201,11 @@ class AttnPlan:
             f"rows received {int(self.received_rows.sum()):,}, a ring would move {self.ring_rows:,}"
         )
         lines = [head, summary, f"{'rank':>6} {'area':>18} {'sends':>12} {'receives':>12}  chunks"]
-        for rank in range(self.num_ranks):
-            lines.append(
-                f"{rank:>6} {self.areas[rank]:>18,} {self.sent_rows[rank]:>12,} {self.received_rows[rank]:>12,}  "
-                + _abbreviate(q.rank_chunks(rank).tolist())
-            )
+        lines += [
+            f"{rank:>6} {self.areas[rank]:>18,} {self.sent_rows[rank]:>12,} {self.received_rows[rank]:>12,}  "
+            + _abbreviate(q.rank_chunks(rank).tolist())
+            for rank in range(self.num_ranks)
+        ]
         return "\n".join(lines)
 
 

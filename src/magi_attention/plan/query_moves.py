@@ -1,6 +1,7 @@
 """Where queries move instead of keys.
 
-A cell whose query lives on rank A and whose key lives on rank B is computed on A, for which the key's row moves, or on B, for which the query's
+A cell whose query lives on rank A and whose key lives on rank B is computed on A, for which the key's row moves, or on B, for
+which the query's
 row moves there and its partial output moves back. For one pair of ranks that is a choice of rows of a bipartite graph such that every cell
 has at least one end that moves: a vertex cover, weighted by bytes. It is decided for whole query chunks: a chunk that moves to B is
 computed there against all keys of B that it attends.
@@ -88,7 +89,7 @@ def choose_moves(parts: Parts, q_layout: ShardLayout, row_bytes: RowBytes) -> Fl
     plans = [
         _best_cover(remote, order[start:stop], row_bytes) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
     ]
-    for saved, chunks, cells, host, home in sorted((one for one in plans if one[0] > 0), key=lambda one: -one[0]):
+    for _, chunks, cells, host, home in sorted((one for one in plans if one[0] > 0), key=lambda one: -one[0]):
         if load[host] + cells <= limit:
             moved[chunks, host] = True
             load[host] += cells

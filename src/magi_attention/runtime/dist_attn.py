@@ -3,21 +3,32 @@
     forward, rank r        cast 0 ─────► cast 1 ─────► ...           rows of stage s + 1 travel
                            host kernel   stage 0       stage 1       while stage s computes
     backward               the same, and the gradients of stage s's keys travel home while stage s + 1 computes
+    guests                 queries of other ranks arrive during the host stage, are computed after it, and what came of them
+                           travels home during the stages
 
 Shapes: num_q, num_k local rows; hq, hk heads; d, dv head dims. Partial results are merged in float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from magi_attention.comm import all_reduce_max, dsink_all_reduce, group_cast, group_reduce
+from magi_attention.comm import (
+    Pending,
+    all_reduce_max,
+    dsink_all_reduce,
+    group_cast,
+    group_reduce,
+    group_reduce_lse,
+)
 from magi_attention.functional.sink import apply_sink, sink_gradient
-from magi_attention.kernels.interface import AttnSettings, Backend, Partial
+from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask, Partial
+from magi_attention.plan import StagePlan
 from magi_attention.runtime.session import Session
 
 
@@ -25,12 +36,13 @@ from magi_attention.runtime.session import Session
 class ExecutionOptions:
     """How a plan is carried out. None of it changes what is computed, only how exactly and where.
 
-    ``reduce_dtype_forward``, ``reduce_dtype_backward``: dtype in which partial results travel; None is the inputs' dtype.
+    ``high_precision_forward``, ``high_precision_backward``: partial results travel in the accumulation dtype rather than the inputs'.
     ``dsink_reduce_op``: "none", "sum" or "avg", over the ranks' shares of the sink's gradient.
     """
 
     backend: Backend
     settings: AttnSettings
+    high_precision_forward: bool = False
     high_precision_backward: bool = False
     dsink_reduce_op: str = "none"
 
@@ -39,30 +51,69 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def remote_stages(
+    tensors: Sequence[Tensor], stages: Sequence[StagePlan], masks: Sequence[KernelMask], session: Session, what: str
+) -> Iterator[tuple[StagePlan, KernelMask, tuple[Tensor, ...]]]:
+    """Each stage once its rows are there. The rows of the next one are asked for before a stage is handed out; those of the first when this
+    is made, so make it before the host stage."""
+
+    def ask(number: int) -> Pending[tuple[Tensor, ...]]:
+        label = f"{what}, stage {number} of {len(stages)}"
+        return group_cast(tensors, stages[number].exchange, session.key.cp_group, label=label)
+
+    first = ask(0) if stages else None
+
+    def follow() -> Iterator[tuple[StagePlan, KernelMask, tuple[Tensor, ...]]]:
+        arriving = first
+        for number, (stage, mask) in enumerate(zip(stages, masks, strict=True)):
+            assert arriving is not None
+            rows = arriving.wait()
+            arriving = ask(number + 1) if number + 1 < len(stages) else None
+            yield stage, mask, rows
+
+    return follow()
+
+
 def run_forward(
     q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, session: Session, options: ExecutionOptions
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``(out [num_q, hq, dv] in q's dtype, lse [num_q, hq], max_logits [hq] or None)`` of this rank's queries."""
-    group, stages, backend = session.key.cp_group, session.rank_plan.stages, options.backend
-    arriving = group_cast((k, v), stages[0].exchange, group, label="k/v of stage 0, forward") if stages else None
-    needs_merge = bool(stages)
-    partial = backend.forward(
-        q, k, v, session.host_mask, options.settings, out_dtype=accumulation_dtype(q.dtype) if needs_merge else q.dtype
-    )
-    for number, (stage, mask) in enumerate(zip(stages, session.stage_masks, strict=True)):
-        assert arriving is not None
-        stage_k, stage_v = arriving.wait()
-        if number + 1 < len(stages):
-            label = f"k/v of stage {number + 1}, forward"
-            arriving = group_cast((k, v), stages[number + 1].exchange, group, label=label)
+    group, part, backend, settings = session.key.cp_group, session.rank_plan, options.backend, options.settings
+    wide = accumulation_dtype(q.dtype)
+    guests = part.guests
+    visiting = None if guests is None else group_cast((q,), guests.exchange, group, label="queries of guests, forward")
+    remote = remote_stages((k, v), part.stages, session.stage_masks, session, "k/v, forward")
+    needs_merge = bool(part.stages) or guests is not None or sink is not None
+    partial = backend.forward(q, k, v, session.host_mask, settings, out_dtype=wide if needs_merge else q.dtype)
+    returning = None
+    if guests is not None and visiting is not None:
+        (guest_q,) = visiting.wait()
+        theirs = backend.forward(guest_q, k, v, session.guest_mask, settings)
+        returning = group_reduce_lse(
+            theirs.out,
+            theirs.lse,
+            (partial.out, partial.lse),
+            guests.exchange,
+            group,
+            transit_dtype=wide if options.high_precision_forward else q.dtype,
+            label="outputs of guests",
+        )
+        partial = Partial(partial.out, partial.lse, _larger(partial.max_logits, theirs.max_logits))
+    for stage, mask, (stage_k, stage_v) in remote:
         if len(stage.bands):
-            partial = backend.forward(q, stage_k, stage_v, mask, options.settings, into=partial)
+            partial = backend.forward(q, stage_k, stage_v, mask, settings, into=partial)
+    if returning is not None:
+        returning.wait()
     out, lse, max_logits = partial
     if sink is not None:
         out, lse = apply_sink(out, lse, sink)
     if max_logits is not None and group is not None:
         max_logits = all_reduce_max(max_logits, group)
     return out.to(q.dtype), lse, max_logits
+
+
+def _larger(ours: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+    return None if ours is None or theirs is None else torch.maximum(ours, theirs)
 
 
 def run_backward(
@@ -76,34 +127,45 @@ def run_backward(
     options: ExecutionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` in the inputs' dtypes, and ``delta [num_q, hq]``, the row sums of ``out * dout``."""
-    group, stages, backend = session.key.cp_group, session.rank_plan.stages, options.backend
-    arriving = group_cast((k, v), stages[0].exchange, group, label="k/v of stage 0, backward") if stages else None
+    group, part, backend, settings = session.key.cp_group, session.rank_plan, options.backend, options.settings
     wide = accumulation_dtype(q.dtype)
     travelling = wide if options.high_precision_backward else k.dtype
     delta = (out.to(wide) * dout.to(wide)).sum(dim=-1)
-    grads = (dout, q, k, v, lse, delta, session.host_mask, options.settings)
-    dq, dk, dv = backend.backward(*grads, grad_dtype=wide if stages else q.dtype)
-    returning = None
-    for number, (stage, mask) in enumerate(zip(stages, session.stage_masks, strict=True)):
-        assert arriving is not None
-        stage_k, stage_v = arriving.wait()
-        if number + 1 < len(stages):
-            label = f"k/v of stage {number + 1}, backward"
-            arriving = group_cast((k, v), stages[number + 1].exchange, group, label=label)
+    guests = part.guests
+    visiting = None
+    if guests is not None:
+        visiting = group_cast((q, dout, lse, delta), guests.exchange, group, label="queries of guests, backward")
+    stages = part.backward_stages
+    remote = remote_stages((k, v), stages, session.backward_stage_masks, session, "k/v, backward")
+    merges = bool(stages) or guests is not None
+    grad_dtype = wide if merges else q.dtype
+    dq, dk, dv = backend.backward(dout, q, k, v, lse, delta, session.host_mask, settings, grad_dtype=grad_dtype)
+    returning: list[Pending[None]] = []
+    if guests is not None and visiting is not None:
+        guest_q, guest_dout, guest_lse, guest_delta = visiting.wait()
+        guest_dq, guest_dk, guest_dv = backend.backward(
+            guest_dout, guest_q, k, v, guest_lse, guest_delta, session.guest_mask, settings
+        )
+        dk += guest_dk
+        dv += guest_dv
+        returning.append(
+            group_reduce((guest_dq,), (dq,), guests.exchange, group, transit_dtype=travelling, label="dq of guests")
+        )
+    for number, (stage, mask, (stage_k, stage_v)) in enumerate(remote):
         if len(stage.bands):
             _, stage_dk, stage_dv = backend.backward(
-                dout, q, stage_k, stage_v, lse, delta, mask, options.settings, dq=dq, grad_dtype=travelling
+                dout, q, stage_k, stage_v, lse, delta, mask, settings, dq=dq, grad_dtype=travelling
             )
         else:
-            stage_dk, stage_dv = torch.zeros_like(stage_k), torch.zeros_like(stage_v)
-        if returning is not None:
-            returning.wait()
-        label = f"dk/dv of stage {number}"
-        returning = group_reduce(
-            (stage_dk, stage_dv), (dk, dv), stage.exchange, group, transit_dtype=travelling, label=label
+            stage_dk, stage_dv = (torch.zeros_like(x, dtype=travelling) for x in (stage_k, stage_v))
+        if len(returning) > 1:  # at most two on their way home: what they hold in memory is bounded
+            returning.pop(0).wait()
+        label = f"dk/dv, stage {number} of {len(stages)}"
+        returning.append(
+            group_reduce((stage_dk, stage_dv), (dk, dv), stage.exchange, group, transit_dtype=travelling, label=label)
         )
-    if returning is not None:
-        returning.wait()
+    for reduction in returning:
+        reduction.wait()
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), delta
 
 
@@ -133,6 +195,3 @@ class DistributedAttention(torch.autograd.Function):
                 dsink = dsink_all_reduce(dsink, ctx.options.dsink_reduce_op, ctx.session.key.cp_group)
             dsink = dsink.to(sink.dtype)
         return dq, dk, dv, dsink, None, None
-
-
-__all__ = ["DistributedAttention", "ExecutionOptions", "Partial", "accumulation_dtype", "run_backward", "run_forward"]

@@ -24,6 +24,7 @@ class DistAttnRuntimeKey:
         is_same_source, is_q_permutable, is_k_permutable: see `magi_attn_flex_key`.
         layout_key: the key whose dispatch this one keeps (a second mask), or whose q layout a side that is not permutable takes.
         keeps_dispatch: with a layout_key, whether both sides are laid out as it lays them out.
+        moves_queries: whether queries may move instead of keys (MAGI_ATTENTION_QO_COMM).
     """
 
     mask: AttnMask
@@ -39,6 +40,7 @@ class DistAttnRuntimeKey:
     is_k_permutable: bool = True
     layout_key: DistAttnRuntimeKey | None = field(default=None, repr=False)
     keeps_dispatch: bool = False
+    moves_queries: bool = False
 
     @property
     def cp_size(self) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from magi_attention.common.enum import AttnRole
 from magi_attention.kernels.interface import KernelMask
-from magi_attention.plan import AttnPlan, RankPlan, ShardLayout, build_plan
+from magi_attention.plan import AttnPlan, RankPlan, ShardLayout, StagePlan, build_plan
+from magi_attention.plan.query_moves import RowBytes
 from magi_attention.runtime.key import DistAttnRuntimeKey
 
 
@@ -34,8 +35,25 @@ class Session:
 
     @cached_property
     def stage_masks(self) -> tuple[KernelMask, ...]:
+        """Of the forward's stages."""
+        return self._masks_of(self.rank_plan.stages)
+
+    @cached_property
+    def backward_stage_masks(self) -> tuple[KernelMask, ...]:
+        """Of the backward's stages: the same values where both have the same stages, so that work lists are shared."""
         part = self.rank_plan
-        return tuple(KernelMask(stage.bands, part.num_q, stage.exchange.num_received) for stage in part.stages)
+        return self.stage_masks if part.backward_stages is part.stages else self._masks_of(part.backward_stages)
+
+    @cached_property
+    def guest_mask(self) -> KernelMask:
+        """Of other ranks' queries that are computed here."""
+        part = self.rank_plan
+        assert part.guests is not None
+        return KernelMask(part.guests.bands, part.guests.exchange.num_received, part.num_k)
+
+    def _masks_of(self, stages: tuple[StagePlan, ...]) -> tuple[KernelMask, ...]:
+        num_q = self.rank_plan.num_q
+        return tuple(KernelMask(stage.bands, num_q, stage.exchange.num_received) for stage in stages)
 
     def layout(self, role: AttnRole) -> ShardLayout:
         """The layout of the q side, or of the k side for KEY and VALUE."""
@@ -69,6 +87,7 @@ def open_session(key: DistAttnRuntimeKey, layout_session: Session | None) -> Ses
         min_chunks_per_rank=key.min_chunks_per_rank,
         q_layout=q_layout,
         k_layout=k_layout,
+        moves_queries=RowBytes.of(key.num_heads_q, key.num_heads_kv, key.head_dim) if key.moves_queries else None,
     )
     return Session(key, plan)
 
