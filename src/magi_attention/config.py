@@ -135,7 +135,7 @@ class OverlapConfig:
     Attributes:
         enable: False is one remote stage, whatever ``mode`` and ``degree`` say.
         mode: STATIC takes ``degree``; DYNAMIC chooses the number of stages by predicted time, and does not look at ``degree``.
-        degree: remote stages, from 1 to ``max_num_chunks``; None only where it is not looked at.
+        degree: remote stages, at least 1; None only where it is not looked at.
         dynamic_max_degree: the most stages that DYNAMIC tries; None is 8.
         min_chunk_size: rows; the busiest rank's stages are no smaller, so short sequences get fewer stages.
         max_num_chunks: into how many parts a rank's remote rows are cut at most when DYNAMIC or greedy dealing looks at them.
@@ -165,10 +165,10 @@ class OverlapConfig:
         for name in ("degree", "dynamic_max_degree"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
-        if self.enable and self.mode is AttnOverlapMode.STATIC and not 1 <= (self.degree or 0) <= self.max_num_chunks:
+        if self.enable and self.mode is AttnOverlapMode.STATIC and self.degree is None:
             raise ValueError(
-                f"degree must be from 1 to max_num_chunks={self.max_num_chunks} under AttnOverlapMode.STATIC, got {self.degree}; "
-                "have it chosen by AttnOverlapMode.DYNAMIC, or set enable=False for one stage"
+                "degree must be a positive int under AttnOverlapMode.STATIC, got None; have it chosen by AttnOverlapMode.DYNAMIC, or set "
+                "enable=False for one stage"
             )
         for name in ("calc_cost_factor", "comm_cost_factor"):
             factor = getattr(self, name)

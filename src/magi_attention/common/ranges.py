@@ -11,14 +11,13 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, TypeAlias, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
+from magi_attention.common import merged_arrays as arrays
+from magi_attention.common.merged_arrays import Ints
 from magi_attention.common.range import AttnRange, NaiveRange, RangeError
 
 if TYPE_CHECKING:
     import torch
-
-Ints = NDArray[np.int64]
 
 # Of a long list, a message shows this many ranges.
 _MOST_SHOWN = 16
@@ -131,7 +130,7 @@ class AttnRanges:
 
     def merge(self) -> AttnRanges:
         """A new list: the union, as merged ranges."""
-        return _of_array(_merged(self._to_array()))
+        return _of_array(arrays.merged(self._to_array()))
 
     def chunk(self, chunk_size: int, check: bool = True) -> list[AttnRanges]:
         """Cut into lists of ``chunk_size`` tokens each, in order; the last may hold fewer. Empty ranges are left out.
@@ -201,25 +200,17 @@ class AttnRanges:
 
         The flags, that a list is merged already, save time and change nothing.
         """
-        pieces, is_shared = self._cut_by(other_attn_ranges, is_self_merged, is_other_merged)
+        mine = arrays.tokens_of(self._to_array(), is_self_merged)
+        pieces, is_shared = arrays.cut_by(mine, arrays.tokens_of(other_attn_ranges._to_array(), is_other_merged))
         return _of_array(pieces[~is_shared])
 
     def find_overlap_ranges(
         self, other_attn_ranges: AttnRanges, is_self_merged: bool = False, is_other_merged: bool = False
     ) -> AttnRanges:
         """The tokens in both, as merged ranges. Flags as in `find_hole_ranges`."""
-        pieces, is_shared = self._cut_by(other_attn_ranges, is_self_merged, is_other_merged)
+        mine = arrays.tokens_of(self._to_array(), is_self_merged)
+        pieces, is_shared = arrays.cut_by(mine, arrays.tokens_of(other_attn_ranges._to_array(), is_other_merged))
         return _of_array(pieces[is_shared])
-
-    def _cut_by(self, other: AttnRanges, is_self_merged: bool, is_other_merged: bool) -> tuple[Ints, NDArray[np.bool_]]:
-        """Self merged, cut wherever the other begins or ends: ``[n, 2]`` pieces, and ``[n]`` whether the other holds each."""
-        mine, theirs = _tokens_of(self._to_array(), is_self_merged), _tokens_of(other._to_array(), is_other_merged)
-        cuts = theirs.ravel()
-        inner = cuts[_holds(mine, cuts)]
-        starts = np.unique(np.concatenate([mine[:, 0], inner]))
-        cut_range = np.searchsorted(mine[:, 0], starts, side="right") - 1
-        ends = np.minimum(np.append(starts[1:], np.iinfo(np.int64).max), mine[cut_range, 1])
-        return np.stack([starts, ends], axis=1), _holds(theirs, starts)
 
     def make_range_local(
         self, other_attn_range: AttnRange, is_self_merged: bool = False, prefix_offset: list[int] | None = None
@@ -249,7 +240,7 @@ class AttnRanges:
         """Global ranges, one by one, in local coordinates. Flag and ValueError as in `make_range_local`."""
         wanted, merged = other_attn_ranges._to_array(), self._to_array()
         if not is_self_merged:
-            merged = _merged(merged)
+            merged = arrays.merged(merged)
         at = np.searchsorted(merged[:, 0], wanted[:, 0], side="right") - 1
         inside = (at >= 0) & (wanted[:, 1] <= np.append(merged[:, 1], -1)[at])
         if not inside.all():
@@ -260,13 +251,15 @@ class AttnRanges:
 
     def intersect_size(self) -> int:
         """How many tokens are listed again: a token in n ranges counts n - 1 times."""
-        return self.total_seqlen - _num_tokens(_merged(self._to_array()))
+        return self.total_seqlen - arrays.num_tokens(arrays.merged(self._to_array()))
 
     def intersect_size_with(self, other: AttnRanges) -> int:
         """As `intersect_size` of both lists together, over the tokens that both hold."""
         shared = self.find_overlap_ranges(other)._to_array()
-        listed = _num_tokens_inside(shared, self._to_array()) + _num_tokens_inside(shared, other._to_array())
-        return listed - _num_tokens(shared)
+        listed = arrays.num_tokens_inside(shared, self._to_array()) + arrays.num_tokens_inside(
+            shared, other._to_array()
+        )
+        return listed - arrays.num_tokens(shared)
 
     def union_size(self) -> int:
         """Tokens listed, with repetition: `total_seqlen`."""
@@ -384,45 +377,6 @@ def _of(ranges: list[AttnRange]) -> AttnRanges:
 
 def _of_array(pairs: Ints) -> AttnRanges:
     return _of([AttnRange(start, end) for start, end in pairs.tolist()])
-
-
-def _merged(pairs: Ints) -> Ints:
-    """The union of ``[n, 2]`` ranges, merged; an empty range stays where no other holds or touches it."""
-    if not len(pairs):
-        return pairs
-    pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
-    reach = np.maximum.accumulate(pairs[:, 1])
-    first = np.flatnonzero(np.append(True, pairs[1:, 0] > reach[:-1]))
-    last = np.append(first[1:], len(pairs)) - 1
-    return np.stack([pairs[first, 0], reach[last]], axis=1)
-
-
-def _tokens_of(pairs: Ints, is_merged: bool) -> Ints:
-    """Merged ranges that hold a token, of the same tokens."""
-    pairs = pairs[pairs[:, 0] < pairs[:, 1]]
-    return pairs if is_merged else _merged(pairs)
-
-
-def _holds(merged: Ints, tokens: Ints) -> NDArray[np.bool_]:
-    """``[n]``: whether merged ranges hold each token."""
-    ends = np.append(merged[:, 1], np.iinfo(np.int64).min)
-    held: NDArray[np.bool_] = tokens < ends[np.searchsorted(merged[:, 0], tokens, side="right") - 1]
-    return held
-
-
-def _num_tokens(pairs: Ints) -> int:
-    return int((pairs[:, 1] - pairs[:, 0]).sum())
-
-
-def _num_tokens_inside(merged: Ints, pairs: Ints) -> int:
-    """How often ``pairs`` list tokens of merged ranges."""
-    if not len(merged):
-        return 0
-    before = np.concatenate([[0], np.cumsum(merged[:, 1] - merged[:, 0])])
-    at = np.searchsorted(merged[:, 0], pairs, side="right")  # [n, 2]: merged ranges that begin at or before the bound
-    behind_last = np.maximum(merged[at - 1, 1] - pairs, 0)  # tokens of the last of them that lie behind the bound
-    held_before = before[at] - np.where(at > 0, behind_last, 0)
-    return _num_tokens(held_before)
 
 
 def _shown(ranges: AttnRanges) -> str:
