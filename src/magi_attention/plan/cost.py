@@ -81,7 +81,8 @@ def forward_times(work: Workload, cost: CostModel) -> Times:
 
 
 def timeline(work: Workload, cost: CostModel) -> Times:
-    """``[2 + 3 * num_stages, num_ranks]`` forward: 0, the end of the host stage, then for each stage when its rows are there, when it begins to
+    """``[2 + 3 * num_stages, num_ranks]`` forward: 0, the end of the host stage, then for each stage when its rows are
+    there, when it begins to
     compute, when it is done. The last row is the end."""
     done = work.host_cells * cost.cell
     marks = [np.zeros_like(done), done]

@@ -31,7 +31,8 @@ GUEST_SLACK = 1.05
 
 @dataclass(frozen=True)
 class RowBytes:
-    """What moves in a training step, forward and backward, for one row: of keys (k, v out; again; dk, dv back), or of queries (q out, out and
+    """What moves in a training step, forward and backward, for one row: of keys (k, v out; again; dk, dv back), or of
+    queries (q out, out and
     lse back; q, dout, lse, delta out, dq back)."""
 
     key: int
@@ -48,7 +49,8 @@ class RowBytes:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The mask cut by query chunk and by run of keys: ``bands`` ``[p, 6]``, and of each row its ``chunk``, key ``run``, and the ranks that own them."""
+    """The mask cut by query chunk and by run of keys: ``bands`` ``[p, 6]``, and of each row its ``chunk``, key ``run``, and
+    the ranks that own them."""
 
     bands: Ints
     chunk: Ints

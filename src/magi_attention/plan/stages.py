@@ -131,7 +131,8 @@ class WorkDensity:
 
 
 def predict(table: Ints, num_stages: int, density: WorkDensity, areas: Ints) -> Workload:
-    """The workload of a dealing; ``areas`` ``[num_ranks]`` are all cells of each rank, of which the host stage keeps what no stage computes."""
+    """The workload of a dealing; ``areas`` ``[num_ranks]`` are all cells of each rank, of which the host stage keeps what no
+    stage computes."""
     num_ranks = len(areas)
     stage_cells = np.zeros((num_stages, num_ranks))
     np.add.at(stage_cells, (table[:, STAGE], table[:, DST]), density.cells(table))
@@ -179,7 +180,8 @@ def _needs_density(config: OverlapConfig) -> bool:
 
 
 def _most_stages(transfers: Ints, num_ranks: int, config: OverlapConfig) -> int:
-    """The degree asked for (under DYNAMIC, the largest to try), or as many stages as leave the busiest rank ``min_chunk_size`` rows in each."""
+    """The degree asked for (under DYNAMIC, the largest to try), or as many stages as leave the busiest rank
+    ``min_chunk_size`` rows in each."""
     wanted = config.degree if config.mode is AttnOverlapMode.STATIC else config.dynamic_max_degree
     if not config.enable:
         return 1
