@@ -1,6 +1,6 @@
 """Merging attention over some keys with attention over others, by their log-sum-exps.
 
-With ``l = log(exp(l_a) + exp(l_b))``, ``out = out_a * exp(l_a - l) + out_b * exp(l_b - l)``: each is weighted by its keys' share of the whole.
+With ``l = log(exp(l_a) + exp(l_b))``: ``out = out_a * exp(l_a - l) + out_b * exp(l_b - l)``, each weighted by its keys' share.
 """
 
 from __future__ import annotations
