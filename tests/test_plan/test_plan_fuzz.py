@@ -86,9 +86,11 @@ def test_planned_slices_are_the_mask_and_rows_arrive_once(seed: int) -> None:
             mask = random_disjoint_mask(rng, num_q, num_k)
         check_disjoint(mask.bands)
         flag = bool(rng.random() < 0.8)
+        num_ranks = int(rng.integers(1, 9))
+        per_node = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]
         plan = build_plan(
             mask,
-            int(rng.integers(1, 9)),
+            num_ranks,
             random_config(rng, num_q),
             is_same_source=same_source,
             is_q_permutable=flag,
@@ -96,6 +98,7 @@ def test_planned_slices_are_the_mask_and_rows_arrive_once(seed: int) -> None:
             moves_queries=RowBytes(key=int(rng.integers(1, 9)), query=int(rng.integers(1, 9)))
             if rng.random() < 0.4
             else None,
+            ranks_per_node=int(rng.choice(per_node)) if rng.random() < 0.4 else None,
         )
         check_cells(plan)
         check_deliveries(plan)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from magi_attention.api import (
     DispatchConfig,
@@ -45,6 +46,7 @@ class Case:
     chunk_size: int | None = 4
     moves_queries: bool = False
     is_q_permutable: bool = True
+    ranks_per_node: int | None = None
 
 
 def check_case(case: Case) -> None:
@@ -55,6 +57,10 @@ def check_case(case: Case) -> None:
     os.environ["MAGI_ATTENTION_BACKWARD_HIGH_PRECISION_REDUCE"] = "1"
     os.environ["MAGI_ATTENTION_FORWARD_HIGH_PRECISION_REDUCE"] = "1"
     os.environ["MAGI_ATTENTION_QO_COMM"] = str(int(case.moves_queries))
+    os.environ["MAGI_ATTENTION_HIERARCHICAL_COMM"] = str(int(case.ranks_per_node is not None))
+    mesh = None
+    if case.ranks_per_node is not None:
+        mesh = init_device_mesh("cpu", (dist.get_world_size() // case.ranks_per_node, case.ranks_per_node))
     slices = MASK_FAMILIES[case.family](NUM_TOKENS)
     same_source = slices.num_q == slices.num_k
     generator = torch.Generator().manual_seed(0)
@@ -76,6 +82,7 @@ def check_case(case: Case) -> None:
         hk,
         d,
         chunk_size=case.chunk_size,
+        cp_group_or_mesh=mesh,
         dist_attn_config=DistAttnConfig(
             dispatch_config=DispatchConfig(uneven_shard=case.uneven),
             overlap_config=OverlapConfig(
@@ -176,3 +183,27 @@ def test_queries_that_move(num_ranks: int) -> None:
     ]
     cases += [Case(family, torch.float32, "cpu", heads=(2, 2), moves_queries=True) for family in FAMILIES[::4]]
     shared_pool().run(check_cases, cases, num_ranks=num_ranks)
+
+
+@pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(4, 2), (2, 1), (4, 4), (4, 1)])
+def test_rows_that_cross_between_nodes_once(num_ranks: int, ranks_per_node: int) -> None:
+    cases = [
+        Case(
+            family,
+            torch.float64,
+            "reference",
+            1 + at % 3,
+            heads=(2, 2),
+            ranks_per_node=ranks_per_node,
+            moves_queries=at % 4 == 3,
+        )
+        for at, family in enumerate(FAMILIES)
+    ]
+    cases += [Case("varlen_causal", torch.bfloat16, "cpu", 2, ranks_per_node=ranks_per_node)]
+    shared_pool().run(check_cases, cases, num_ranks=num_ranks)
+
+
+def test_hierarchy_without_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAGI_ATTENTION_HIERARCHICAL_COMM", "1")
+    with pytest.raises(ValueError, match="pass a 2-D DeviceMesh"):
+        magi_attn_flex_key([[0, 8]], [[0, 8]], "full", 8, 8, 1, 1, 8)

@@ -25,6 +25,7 @@ def make_key(
     head_dim: int,
     *,
     group: dist.ProcessGroup | None,
+    ranks_per_node: int | None,
     config: DistAttnConfig,
     pad_size: int | None,
     chunk_size: int | None,
@@ -36,7 +37,6 @@ def make_key(
 ) -> DistAttnRuntimeKey:
     """Check, name, plan (unless the plan is cached) and remember. Arguments as in `magi_attn_flex_key`."""
     checks.check_heads(num_heads_q, num_heads_kv, head_dim)
-    _refuse_unfinished_modes()
     if env.sanity_check():
         mask.validate()
     key = DistAttnRuntimeKey(
@@ -54,6 +54,7 @@ def make_key(
         layout_key=layout_key,
         keeps_dispatch=keeps_dispatch,
         moves_queries=env.qo_comm(),
+        ranks_per_node=ranks_per_node,
     )
     session = cache.find_session(key)
     if session is None:
@@ -81,13 +82,6 @@ def _with_chunk_size(config: DistAttnConfig, chunk_size: int | None) -> DistAttn
     return dataclasses.replace(
         config, dispatch_config=dataclasses.replace(config.dispatch_config, chunk_size=chunk_size)
     )
-
-
-def _refuse_unfinished_modes() -> None:
-    if env.hierarchical_comm():
-        raise NotImplementedError(
-            "MAGI_ATTENTION_HIERARCHICAL_COMM is not implemented yet; unset it: rows then move flat, each needed one once"
-        )
 
 
 def pick_backend(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings) -> Backend:

@@ -28,7 +28,7 @@ from magi_attention.mask import AttnMask
 from magi_attention.plan import AttnPlan
 from magi_attention.runtime import cache, checks
 from magi_attention.runtime.dist_attn import DistributedAttention, ExecutionOptions
-from magi_attention.runtime.group import group_device, resolve_group
+from magi_attention.runtime.group import group_device, nodes_of, resolve_group
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.shard import Dispatch, Roll, Undispatch
 
@@ -143,6 +143,7 @@ def magi_attn_flex_key(
         num_heads_kv,
         head_dim,
         group=resolve_group(cp_group_or_mesh),
+        ranks_per_node=nodes_of(cp_group_or_mesh) if env.hierarchical_comm() else None,
         config=dist_attn_config,
         pad_size=pad_size,
         chunk_size=chunk_size,
@@ -205,6 +206,7 @@ def make_flex_key_for_new_mask_after_dispatch(
         base.num_heads_kv,
         base.head_dim,
         group=base.cp_group,
+        ranks_per_node=base.ranks_per_node,
         config=base.config if dist_attn_config is None else dist_attn_config,
         pad_size=base.pad_size,
         chunk_size=None,

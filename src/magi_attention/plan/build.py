@@ -27,6 +27,7 @@ def build_plan(
     q_layout: ShardLayout | None = None,
     k_layout: ShardLayout | None = None,
     moves_queries: RowBytes | None = None,
+    ranks_per_node: int | None = None,
 ) -> AttnPlan:
     """Plan a mask over ``num_ranks`` ranks. A pure function: same arguments, same plan, bit for bit, in every process.
 
@@ -39,11 +40,14 @@ def build_plan(
         min_chunks_per_rank: how many chunks a rank gets at least where the config names no chunk size.
         q_layout, k_layout: layouts already decided (a second mask over the same dispatch); left out, decided here.
         moves_queries: given, queries move instead of keys where that makes fewer of these bytes.
+        ranks_per_node: given, a key row that several ranks of a node need crosses to that node once (see ``plan.hierarchy``).
 
     Raises:
         ValueError: lengths, flags, padding or layouts that do not fit together, or an algorithm that cannot serve.
     """
     config = config or DistAttnConfig()
+    if ranks_per_node is not None and (ranks_per_node < 1 or num_ranks % ranks_per_node):
+        raise ValueError(f"ranks_per_node must divide the number of ranks, {num_ranks}, got {ranks_per_node}")
     q_layout, k_layout = make_layouts(
         mask,
         num_ranks,
@@ -67,7 +71,6 @@ def build_plan(
             transfers = transfers[transfers[:, DST] != transfers[:, SRC]]
     if transfers is None:
         transfers = remote_transfers(mask.bands, q_layout, k_layout)
-    forward, backward = deal(
-        transfers, mask.bands, q_layout, k_layout.padded_seqlen, areas_of(mask, q_layout), config.overlap_config
-    )
-    return AttnPlan(mask, q_layout, k_layout, forward, backward, guests, moved)
+    areas = areas_of(mask, q_layout)
+    forward, backward = deal(transfers, mask.bands, q_layout, k_layout, areas, config.overlap_config, ranks_per_node)
+    return AttnPlan(mask, q_layout, k_layout, forward, backward, guests, moved, ranks_per_node)

@@ -44,11 +44,11 @@ def segments_of_layout(layout: ShardLayout, rank: int) -> Ints:
     return np.stack([start, end, local_start, np.zeros_like(start)], axis=1)
 
 
-def segments_of_buffer(begin: Ints, end: Ints, source: Ints) -> Ints:
-    """Segments laid end to end in a receive buffer; ``source`` ascends."""
+def segments_of_buffer(begin: Ints, end: Ints, way: Ints) -> Ints:
+    """Segments laid end to end in a receive buffer; rows that came the same ``way`` lie together and are one source."""
     length = end - begin
-    _, dense_source = np.unique(source, return_inverse=True)
-    return np.stack([begin, end, np.cumsum(length) - length, dense_source.reshape(-1)], axis=1)
+    source = np.cumsum(np.diff(way, prepend=-1) != 0) - 1
+    return np.stack([begin, end, np.cumsum(length) - length, source], axis=1)
 
 
 def to_buffer(pieces: Ints, q_by: Ints, segments: Ints, blocked: Flags | None = None) -> Ints:

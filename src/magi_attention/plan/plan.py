@@ -16,8 +16,10 @@ from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import Ints, area, split_q
 from magi_attention.plan.demand import BEGIN, DST, END, SRC, STAGE, exchange_of, rows_by_rank
 from magi_attention.plan.exchange import Exchange
+from magi_attention.plan.hierarchy import OWNER, two_hops
 from magi_attention.plan.layout import ShardLayout
 from magi_attention.plan.local_slices import (
+    SOURCE,
     Flags,
     local_pieces,
     local_pieces_by_chunk,
@@ -32,12 +34,16 @@ from magi_attention.plan.stages import Dealing
 class StagePlan:
     """One exchange of one rank and what it computes with the rows that arrive.
 
-    ``bands``: ``[n, 6]``. Of keys: local q rows, and rows of the buffer that ``exchange`` fills. Of guests: rows of that
+    ``relay``: under hierarchy, the exchange between nodes that comes first: ``exchange`` then counts this rank's own k rows
+    and, behind them, what
+    ``relay`` brought; else None. ``bands``: ``[n, 6]``. Of keys: local q rows, and rows of the buffer that ``exchange``
+    fills. Of guests: rows of that
     buffer, and local k rows.
     """
 
     exchange: Exchange
     bands: Ints
+    relay: Exchange | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +72,7 @@ class AttnPlan:
     ``plan.demand``). ``guests``:
     such a table of q rows, empty unless queries move; ``moved``: ``[num_q_chunks, num_ranks]``, which chunks are computed as
     guests of which ranks,
-    or None.
+    or None. ``ranks_per_node``: given, keys travel in two hops (see ``plan.hierarchy``).
     """
 
     mask: AttnMask
@@ -76,6 +82,7 @@ class AttnPlan:
     backward: Dealing
     guests: Ints
     moved: Flags | None = None
+    ranks_per_node: int | None = None
     _ranks: dict[int, RankPlan] = field(default_factory=dict, repr=False)
 
     @property
@@ -115,20 +122,34 @@ class AttnPlan:
     def _build_stages(
         self, rank: int, dealing: Dealing, pieces: Ints, q_by: Ints, blocked: Flags | None
     ) -> tuple[StagePlan, ...]:
-        own = dealing.table[(dealing.table[:, DST] == rank) | (dealing.table[:, SRC] == rank)]
+        first, arriving = None, np.concatenate([dealing.table, dealing.table[:, SRC : SRC + 1]], axis=1)
+        if self.ranks_per_node is not None:
+            hops = two_hops(dealing.table, self.k_layout, self.ranks_per_node)
+            first, arriving = of_rank(hops.first, rank), hops.second
+        own = of_rank(arriving, rank)
         stages = []
         for stage in range(dealing.num_stages):
             table = own[own[:, STAGE] == stage]
             incoming = table[table[:, DST] == rank]
-            segments = segments_of_buffer(incoming[:, BEGIN], incoming[:, END], incoming[:, SRC])
-            left_alone = None if blocked is None else blocked[:, np.unique(incoming[:, SRC])]
-            bands = to_buffer(pieces, q_by, segments, left_alone)
-            stages.append(StagePlan(exchange_of(table, rank, self.num_ranks), bands))
+            # Rows of one owner that came by one way ascend in position: those are the sources of the buffer.
+            way = incoming[:, SRC] * self.num_ranks + incoming[:, OWNER]
+            segments = segments_of_buffer(incoming[:, BEGIN], incoming[:, END], way)
+            left_alone = None
+            if blocked is not None:
+                opens = np.diff(segments[:, SOURCE], prepend=-1) != 0
+                left_alone = blocked[:, incoming[opens, OWNER]]
+            stages.append(
+                StagePlan(
+                    exchange=exchange_of(table, rank, self.num_ranks),
+                    bands=to_buffer(pieces, q_by, segments, left_alone),
+                    relay=None if first is None else exchange_of(first[first[:, STAGE] == stage], rank, self.num_ranks),
+                )
+            )
         return tuple(stages)
 
     def _build_guests(self, rank: int) -> StagePlan:
         assert self.moved is not None
-        own = self.guests[(self.guests[:, DST] == rank) | (self.guests[:, SRC] == rank)]
+        own = of_rank(self.guests, rank)
         incoming = own[own[:, DST] == rank]
         length = incoming[:, END] - incoming[:, BEGIN]
         shift = np.cumsum(length) - length - incoming[:, BEGIN]
@@ -171,6 +192,14 @@ class AttnPlan:
         """``[num_ranks]`` q rows of other ranks that each rank receives in a forward pass, to compute as guests."""
         return rows_by_rank(self.guests, DST, self.num_ranks)
 
+    @cached_property
+    def rows_between_nodes(self) -> int:
+        """k rows that cross between nodes in a forward pass, all ranks together; 0 where ranks are on no nodes."""
+        if self.ranks_per_node is None:
+            return 0
+        first = two_hops(self.forward.table, self.k_layout, self.ranks_per_node).first
+        return int((first[:, END] - first[:, BEGIN]).sum())
+
     @property
     def ring_rows(self) -> int:
         """k rows that a ring (every rank receives every other rank's) would move in all."""
@@ -186,6 +215,7 @@ class AttnPlan:
             parts += [sizes.tobytes(), layout.owner.tobytes()]
         if self.moved is not None:
             parts.append(self.moved.tobytes())
+        parts.append(str(self.ranks_per_node).encode())
         return hashlib.sha256(b"".join(parts)).digest()
 
     def describe(self) -> str:
@@ -207,6 +237,11 @@ class AttnPlan:
             for rank in range(self.num_ranks)
         ]
         return "\n".join(lines)
+
+
+def of_rank(table: Ints, rank: int) -> Ints:
+    """The entries of a transfer table that ``rank`` sends or receives."""
+    return table[(table[:, DST] == rank) | (table[:, SRC] == rank)]
 
 
 def areas_of(mask: AttnMask, q_layout: ShardLayout) -> Ints:

@@ -1,7 +1,4 @@
-"""How remote rows are dealt to stages, and how many stages there are.
-
-A dealing is a transfer table (see ``plan.demand``) with its STAGE column filled, ordered by stage, destination, source, position.
-"""
+"""How remote rows are dealt to stages, and how many stages there are."""
 
 from __future__ import annotations
 
@@ -14,50 +11,13 @@ from magi_attention.common.enum import AttnOverlapMode
 from magi_attention.config import GreedyOverlapAlg, OverlapConfig
 from magi_attention.mask.bands import Ints, area, expand, split_k, split_q
 from magi_attention.plan.cost import CostModel, Workload, backward_times, forward_times
-from magi_attention.plan.demand import BEGIN, DST, END, SRC, SRC_LOCAL, STAGE, rows_by_rank, union_by_group
+from magi_attention.plan.dealing import cut_entries, in_order, split_uniform
+from magi_attention.plan.demand import BEGIN, DST, END, SRC, STAGE, rows_by_rank, union_by_group
+from magi_attention.plan.hierarchy import split_uniform_by_node
 from magi_attention.plan.layout import ShardLayout
 
 # Columns of the grid on which the density of work over keys is kept: fine enough to tell stages apart, and cheap.
 _NUM_COLUMNS = 256
-
-
-def split_uniform(table: Ints, num_stages: int) -> Ints:
-    """Deal every (destination, source) pair's rows evenly to ``num_stages`` stages, in ascending order.
-
-    Every stage then asks the same of every link. Ordered by STAGE, DST, SRC, BEGIN.
-    """
-    if num_stages <= 1 or not len(table):
-        return table
-    length = table[:, END] - table[:, BEGIN]
-    first_of_pair = np.append(True, np.any(np.diff(table[:, [DST, SRC]], axis=0) != 0, axis=1))
-    pair = np.cumsum(first_of_pair) - 1
-    before = np.cumsum(length) - length
-    offset = before - before[first_of_pair][pair]  # rows of the same pair ahead of this entry
-    total = np.zeros(pair[-1] + 1, np.int64)
-    np.add.at(total, pair, length)
-    total = total[pair]
-    # Stage s takes a pair's rows [total * s // n, total * (s + 1) // n).
-    first = (num_stages * (offset + 1) - 1) // total
-    last = (num_stages * (offset + length) - 1) // total
-    row, stage = expand(first, last - first + 1)
-    cut_begin = np.maximum(offset[row], total[row] * stage // num_stages) - offset[row]
-    cut_end = np.minimum((offset + length)[row], total[row] * (stage + 1) // num_stages) - offset[row]
-    parts = _cut(table, row, cut_begin, cut_end)
-    parts[:, STAGE] = stage
-    return _in_order(parts[cut_begin < cut_end])
-
-
-def _cut(table: Ints, row: Ints, begin: Ints, end: Ints) -> Ints:
-    """Rows ``[begin, end)`` of entries ``row`` of a transfer table, counted from each entry's own beginning."""
-    parts = table[row]
-    parts[:, END] = parts[:, BEGIN] + end
-    parts[:, BEGIN] += begin
-    parts[:, SRC_LOCAL] += begin
-    return parts
-
-
-def _in_order(table: Ints) -> Ints:
-    return table[np.lexsort((table[:, BEGIN], table[:, SRC], table[:, DST], table[:, STAGE]))]
 
 
 def split_greedy(table: Ints, num_stages: int, density: WorkDensity, max_num_chunks: int) -> Ints:
@@ -81,7 +41,7 @@ def split_greedy(table: Ints, num_stages: int, density: WorkDensity, max_num_chu
     middle = done - before_group - cells[order] / 2
     stage = np.minimum((middle / np.maximum(total, 1e-300) * num_stages).astype(np.int64), num_stages - 1)
     blocks[order, STAGE] = stage
-    return _in_order(blocks)
+    return in_order(blocks)
 
 
 def _in_blocks(table: Ints, max_num_chunks: int) -> Ints:
@@ -91,7 +51,7 @@ def _in_blocks(table: Ints, max_num_chunks: int) -> Ints:
     np.add.at(total, table[:, DST], length)
     size = np.maximum(-(-total // max_num_chunks), 1)[table[:, DST]]
     row, part = expand(np.zeros_like(length), -(-length // size))
-    return _cut(table, row, part * size[row], np.minimum((part + 1) * size[row], length[row]))
+    return cut_entries(table, row, part * size[row], np.minimum((part + 1) * size[row], length[row]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,23 +112,39 @@ class Dealing:
 
 
 def deal(
-    transfers: Ints, bands: Ints, q_layout: ShardLayout, num_k: int, areas: Ints, config: OverlapConfig
+    transfers: Ints,
+    bands: Ints,
+    q_layout: ShardLayout,
+    k_layout: ShardLayout,
+    areas: Ints,
+    config: OverlapConfig,
+    ranks_per_node: int | None,
 ) -> tuple[Dealing, Dealing]:
     """The stages of the forward and of the backward pass.
 
     STATIC takes the degree of ``config`` for both. DYNAMIC predicts every number of stages up to its maximum and takes, for each pass, the
-    fastest, the fewest among equals: so never one that is predicted slower than one stage.
+    fastest, the fewest among equals: so never one that is predicted slower than one stage. Under hierarchy
+    (``ranks_per_node``) rows are dealt
+    evenly, whatever the algorithm, so that all ranks of a node need a row in the same stage.
     """
     if not len(transfers):
         none = Dealing(transfers, 0)
         return none, none
     most = _most_stages(transfers, len(areas), config)
-    density = WorkDensity.of(bands, q_layout, num_k) if _needs_density(config) and most > 1 else None
+    density = WorkDensity.of(bands, q_layout, k_layout.padded_seqlen) if _needs_density(config) and most > 1 else None
+
+    def into(num_stages: int) -> Dealing:
+        if ranks_per_node is not None:
+            return Dealing(split_uniform_by_node(transfers, num_stages, k_layout, ranks_per_node), num_stages)
+        if isinstance(config.alg, GreedyOverlapAlg) and density is not None:
+            return Dealing(split_greedy(transfers, num_stages, density, config.max_num_chunks), num_stages)
+        return Dealing(split_uniform(transfers, num_stages), num_stages)
+
     if config.mode is AttnOverlapMode.STATIC or density is None:
-        only = _deal(transfers, most, density, config)
+        only = into(most)
         return only, only
     cost = CostModel(cell=config.calc_cost_factor, row=config.comm_cost_factor, latency=config.latency_cost)
-    tried = [_deal(transfers, degree, density, config) for degree in range(1, most + 1)]
+    tried = [into(degree) for degree in range(1, most + 1)]
     works = [predict(one.table, one.num_stages, density, areas) for one in tried]
     forward = [float(forward_times(work, cost).max()) for work in works]
     backward = [float(backward_times(work, cost).max()) for work in works]
@@ -187,9 +163,3 @@ def _most_stages(transfers: Ints, num_ranks: int, config: OverlapConfig) -> int:
         return 1
     busiest = int(rows_by_rank(transfers, DST, num_ranks).max())
     return max(1, min(wanted or 8, busiest // config.min_chunk_size))
-
-
-def _deal(transfers: Ints, num_stages: int, density: WorkDensity | None, config: OverlapConfig) -> Dealing:
-    if isinstance(config.alg, GreedyOverlapAlg) and density is not None:
-        return Dealing(split_greedy(transfers, num_stages, density, config.max_num_chunks), num_stages)
-    return Dealing(split_uniform(transfers, num_stages), num_stages)

@@ -30,6 +30,7 @@ from magi_attention.functional.sink import apply_sink, sink_gradient
 from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask, Partial
 from magi_attention.plan import StagePlan
 from magi_attention.runtime.session import Session
+from magi_attention.runtime.transport import cast_keys, reduce_gradients
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def remote_stages(
 
     def ask(number: int) -> Pending[tuple[Tensor, ...]]:
         label = f"{what}, stage {number} of {len(stages)}"
-        return group_cast(tensors, stages[number].exchange, session.key.cp_group, label=label)
+        return cast_keys(tensors, stages[number], session.key.cp_group, label)
 
     first = ask(0) if stages else None
 
@@ -161,9 +162,7 @@ def run_backward(
         if len(returning) > 1:  # at most two on their way home: what they hold in memory is bounded
             returning.pop(0).wait()
         label = f"dk/dv, stage {number} of {len(stages)}"
-        returning.append(
-            group_reduce((stage_dk, stage_dv), (dk, dv), stage.exchange, group, transit_dtype=travelling, label=label)
-        )
+        returning.append(reduce_gradients((stage_dk, stage_dv), (dk, dv), stage, group, travelling, label))
     for reduction in returning:
         reduction.wait()
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), delta

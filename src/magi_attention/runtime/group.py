@@ -54,6 +54,27 @@ def _flat_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     return _flat_groups[ranks]
 
 
+def nodes_of(cp_group_or_mesh: dist.ProcessGroup | DeviceMesh | None) -> int:
+    """Ranks of a node of a 2-D mesh (inter-node x intra-node).
+
+    Raises:
+        ValueError: no 2-D mesh, or one whose ranks are not numbered node by node.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(cp_group_or_mesh, DeviceMesh) or cp_group_or_mesh.ndim != 2:
+        raise ValueError(
+            "hierarchical communication (MAGI_ATTENTION_HIERARCHICAL_COMM) needs to know which ranks share a node: pass a 2-D DeviceMesh "
+            f"(inter-node x intra-node) as cp_group_or_mesh, got {cp_group_or_mesh!r}; or unset the variable"
+        )
+    ranks = cp_group_or_mesh.mesh.flatten().tolist()
+    if ranks != sorted(ranks):
+        raise ValueError(
+            f"the ranks of a 2-D mesh must be numbered node by node, ascending, got {cp_group_or_mesh.mesh.tolist()}"
+        )
+    return int(cp_group_or_mesh.mesh.shape[1])
+
+
 def group_device(group: dist.ProcessGroup | None) -> torch.device:
     """Where a tensor made for this group's user belongs: the current GPU for NCCL, else the CPU."""
     if group is not None and "nccl" in dist.get_backend(group):

@@ -25,6 +25,7 @@ class DistAttnRuntimeKey:
         layout_key: the key whose dispatch this one keeps (a second mask), or whose q layout a side that is not permutable takes.
         keeps_dispatch: with a layout_key, whether both sides are laid out as it lays them out.
         moves_queries: whether queries may move instead of keys (MAGI_ATTENTION_QO_COMM).
+        ranks_per_node: given, keys cross between nodes once (MAGI_ATTENTION_HIERARCHICAL_COMM on a 2-D mesh).
     """
 
     mask: AttnMask
@@ -41,6 +42,7 @@ class DistAttnRuntimeKey:
     layout_key: DistAttnRuntimeKey | None = field(default=None, repr=False)
     keeps_dispatch: bool = False
     moves_queries: bool = False
+    ranks_per_node: int | None = None
 
     @property
     def cp_size(self) -> int:

@@ -88,6 +88,7 @@ def open_session(key: DistAttnRuntimeKey, layout_session: Session | None) -> Ses
         q_layout=q_layout,
         k_layout=k_layout,
         moves_queries=RowBytes.of(key.num_heads_q, key.num_heads_kv, key.head_dim) if key.moves_queries else None,
+        ranks_per_node=key.ranks_per_node,
     )
     return Session(key, plan)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from magi_attention.mask.bands import Ints, expand, to_dense
-from magi_attention.plan import AttnPlan, Exchange, ShardLayout
+from magi_attention.plan import AttnPlan, Exchange, ShardLayout, StagePlan
 
 
-def deliver(exchanges: list[Exchange], layout: ShardLayout) -> list[Ints]:
-    """What every rank's receive buffer holds after an exchange (``exchanges``, one a rank) of the rows of ``layout``: their global positions."""
+def deliver(exchanges: list[Exchange], held: list[Ints]) -> list[Ints]:
+    """What every rank's receive buffer holds after an exchange (``exchanges``, one a rank) of the rows that they hold: global positions."""
     mail: list[list[Ints]] = [[] for _ in exchanges]
     for source, exchange in enumerate(exchanges):
         starts, ends = exchange.send_ranges.T
-        rows = layout.positions(source)[expand(starts, ends - starts)[1]]
+        rows = held[source][expand(starts, ends - starts)[1]]
         assert len(rows) == exchange.num_sent, f"rank {source} lays out {len(rows)} rows but sends {exchange.num_sent}"
         for destination, letter in enumerate(np.split(rows, np.cumsum(exchange.send_splits)[:-1])):
             expected = exchanges[destination].recv_splits[source]
@@ -22,11 +22,34 @@ def deliver(exchanges: list[Exchange], layout: ShardLayout) -> list[Ints]:
     return [np.concatenate(letters) for letters in mail]
 
 
-def key_deliveries(plan: AttnPlan, backward: bool = False) -> list[list[Ints]]:
-    """``[stage][rank]``: the global positions of the keys that arrive."""
+def _held(layout: ShardLayout) -> list[Ints]:
+    return [layout.positions(rank) for rank in range(layout.num_ranks)]
+
+
+def _stages(plan: AttnPlan, backward: bool) -> list[tuple[StagePlan, ...]]:
+    """``[stage][rank]``."""
     parts = [plan.rank(rank) for rank in range(plan.num_ranks)]
-    stages = [part.backward_stages if backward else part.stages for part in parts]
-    return [deliver([stage.exchange for stage in of_stage], plan.k_layout) for of_stage in zip(*stages, strict=True)]
+    return list(zip(*(part.backward_stages if backward else part.stages for part in parts), strict=True))
+
+
+def relay_deliveries(plan: AttnPlan, backward: bool = False) -> list[list[Ints]]:
+    """``[stage][rank]``: the global positions of the keys that cross between nodes; nothing without hierarchy."""
+    held = _held(plan.k_layout)
+    result = []
+    for of_stage in _stages(plan, backward):
+        relays = [stage.relay for stage in of_stage if stage.relay is not None]
+        result.append(deliver(relays, held) if relays else [np.empty(0, np.int64)] * plan.num_ranks)
+    return result
+
+
+def key_deliveries(plan: AttnPlan, backward: bool = False) -> list[list[Ints]]:
+    """``[stage][rank]``: the global positions of the keys that arrive, by whatever way."""
+    held, relayed = _held(plan.k_layout), relay_deliveries(plan, backward)
+    result = []
+    for number, of_stage in enumerate(_stages(plan, backward)):
+        rows = [np.concatenate([own, more]) for own, more in zip(held, relayed[number], strict=True)]
+        result.append(deliver([stage.exchange for stage in of_stage], rows))
+    return result
 
 
 def guest_deliveries(plan: AttnPlan) -> list[Ints]:
@@ -36,7 +59,7 @@ def guest_deliveries(plan: AttnPlan) -> list[Ints]:
     assert len(given) in (0, plan.num_ranks), "either every rank takes part in moving queries or none does"
     if not given:
         return [np.empty(0, np.int64)] * plan.num_ranks
-    return deliver([guest.exchange for guest in given], plan.q_layout)
+    return deliver([guest.exchange for guest in given], _held(plan.q_layout))
 
 
 def count_planned_cells(plan: AttnPlan, backward: bool = False) -> Ints:
@@ -87,6 +110,25 @@ def check_deliveries(plan: AttnPlan) -> None:
             received = np.concatenate([np.empty(0, np.int64), *arrived])
             _same_once(received, demanded, f"rank {rank}, keys")
         _same_once(guests[rank], visiting, f"rank {rank}, guests")
+    if plan.ranks_per_node is not None:
+        _check_crossings(plan)
+
+
+def _check_crossings(plan: AttnPlan) -> None:
+    """A row crosses to a node once in all, exactly if some rank there needs it and no rank there holds it."""
+    assert plan.ranks_per_node is not None
+    for backward in (False, True):
+        crossed, arrived = relay_deliveries(plan, backward), key_deliveries(plan, backward)
+        for first in range(0, plan.num_ranks, plan.ranks_per_node):
+            node = range(first, first + plan.ranks_per_node)
+            none = [np.empty(0, np.int64)]
+            at_home = np.concatenate([plan.k_layout.positions(rank) for rank in node])
+            needed = np.unique(np.concatenate(none + [of_stage[rank] for of_stage in arrived for rank in node]))
+            _same_once(
+                np.concatenate(none + [of_stage[rank] for of_stage in crossed for rank in node]),
+                np.setdiff1d(needed, at_home),
+                f"rows that cross to the node of rank {first}",
+            )
 
 
 def _same_once(received: Ints, demanded: Ints, what: str) -> None:
