@@ -10,6 +10,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 
+# Threads that wait for one another sleep. They would spin, and where the machine does other work besides, that costs many times
+# what it saves.
+export OMP_WAIT_POLICY ?= passive
+
 ifdef NOENV
 PY := $(PYTHON)
 READY :=
@@ -38,7 +42,7 @@ $(VENV)/ready: requirements-dev.txt pyproject.toml
 	touch $@
 
 demo: $(READY)
-	$(PY) examples/train_llm/train.py $(DEMO_ARGS)
+	$(PY) examples/train_llm/demo.py $(DEMO_ARGS)
 
 # Whether docs/api.md is up to date is one of the tests.
 test: lint
