@@ -20,7 +20,7 @@ Rows between two turns are one slice, and the row of a turn belongs to either si
 - *thin*: beside, where the window behind the block has two diagonals or two columns, each of them a slice.
 
 Trying every set of slices shows that no fewer do, for samples of up to 10 tokens, every window and number of global keys
-(`tests/test_mask/test_window.py` repeats this for up to 6).
+(`tests/test_mask/test_window.py` repeats this).
 """
 
 from __future__ import annotations
