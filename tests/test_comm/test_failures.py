@@ -64,7 +64,7 @@ def test_a_peer_that_never_joins_is_named_after_the_timeout(pool: RankPool) -> N
     for rank in (0, 2):
         message, seconds = answers[rank]
         assert f"collective #0 (k/v of stage 0, forward) failed on rank {rank} after " in message
-        assert "Rows were due from ranks" in message and "No word, of them, from rank 1." in message
+        assert "Rows were due from ranks" in message and "No word from rank 1:" in message
         assert GROUP_SECONDS - 0.5 < seconds < GROUP_SECONDS + 4.0
 
 
@@ -73,7 +73,7 @@ def test_a_peer_that_is_gone_is_named_at_once(pool: RankPool, collective: str) -
     answers = pool.run(lose_a_peer, collective, 2, "leaves", group_timeout=60.0)
     for rank in (0, 1):
         message, seconds = answers[rank]
-        assert "No word, of them, from rank 2." in message
+        assert "No word from rank 2:" in message
         assert seconds < 5.0
 
 
@@ -91,7 +91,7 @@ def lose_a_peer_of_a_subgroup() -> str:
 
 def test_global_ranks_are_named_in_a_subgroup(pool: RankPool) -> None:
     message = pool.run(lose_a_peer_of_a_subgroup)[1]
-    assert "failed on rank 1 " in message and "No word, of them, from rank 2." in message
+    assert "failed on rank 1 " in message and "No word from rank 2:" in message
 
 
 def drift_apart() -> str:
@@ -130,7 +130,28 @@ def test_a_rank_that_dies_is_named_by_the_others(pool: RankPool) -> None:
     tracebacks = caught.value.tracebacks
     assert "exit code 17" in tracebacks[0]
     for rank in (1, 2):
-        assert (
-            "collective #0 (rows of undispatch)" in tracebacks[rank]
-            and "No word, of them, from rank 0." in tracebacks[rank]
-        )
+        assert "collective #0 (rows of undispatch)" in tracebacks[rank] and "No word from rank 0:" in tracebacks[rank]
+
+
+def lose_the_store() -> str:
+    """Rank 0 keeps the store in its own process, and dies."""
+    rank, size, wait = dist.get_rank(), dist.get_world_size(), datetime.timedelta(seconds=20.0)
+    server = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False) if rank == 0 else None
+    port = torch.tensor([server.port if server else 0])
+    dist.broadcast(port, 0)
+    store = server or dist.TCPStore("127.0.0.1", int(port), size, is_master=False)
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
+    dist.barrier()
+    if rank == 0:
+        os._exit(17)
+    gather_rows(torch.ones(1), [1, 1], dist.group.WORLD)
+    return ""
+
+
+def test_a_lost_store_is_said_rather_than_waited_for(pool: RankPool) -> None:
+    with pytest.raises(RankError) as caught:
+        pool.run(lose_the_store, num_ranks=2)
+    said = caught.value.tracebacks[1]
+    assert "collective #0 (gather_rows) failed on rank 1 " in said and "store does not answer" in said

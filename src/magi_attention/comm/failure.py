@@ -43,12 +43,14 @@ class Call:
 def describe_failure(call: Call, seconds: float, cause: Exception) -> CommTimeoutError:
     """The error to raise for ``call``, which failed with ``cause`` after ``seconds``. Takes up to `SECONDS_FOR_NOTES`."""
     ranks = dist.get_process_group_ranks(call.group)
-    peers = {*call.sources, *call.targets}
-    due = [f"from {_name(call.sources, ranks)}"] if call.sources else []
-    due += [f"to {_name(call.targets, ranks)}"] if call.targets else []
+    own = dist.get_rank(call.group)
+    due = []
+    for direction, partners in (("from", call.sources), ("to", call.targets)):
+        if others := [rank for rank in partners if rank != own]:
+            due.append(f"{direction} {_name(others, ranks)}")
     return CommTimeoutError(
         f"{call} failed on rank {dist.get_rank()} after {seconds:.1f} s. Rows were due {' and '.join(due) or 'from and to nobody'}. "
-        f"{_ask_around(call, peers, ranks)} How long a rank waits is the timeout of the process group "
+        f"{_ask_around(call, ranks)} How long a rank waits is the timeout of the process group "
         f"(init_process_group(timeout=...)). The backend says: {cause}"
     )
 
@@ -58,25 +60,20 @@ def _name(group_ranks: Sequence[int], ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(group_ranks) != 1 else ''} {', '.join(str(ranks[rank]) for rank in group_ranks)}"
 
 
-def _ask_around(call: Call, peers: set[int], ranks: Sequence[int]) -> str:
-    """Who never came, and who stopped elsewhere: first among ``peers``, but a peer may itself have lost a peer of its own."""
+def _ask_around(call: Call, ranks: Sequence[int]) -> str:
+    """Who never came, and who stopped elsewhere, in the whole group: a peer that failed may have lost a peer of its own."""
     others = [rank for rank in range(len(ranks)) if rank != dist.get_rank(call.group)]
     try:
         notes = _exchange_notes(call, others)
-    except RuntimeError as error:  # the store's own host may be the one that is gone
-        return f"Who is missing could not be found out: {error}."
-    missing = [rank for rank in others if rank not in notes]
-    said = []
-    for rows_are_due, there in ((True, "of them"), (False, "of the others")):
-        silent = [rank for rank in missing if (rank in peers) == rows_are_due]
-        if silent:
-            said.append(f"No word, {there}, from {_name(silent, ranks)}.")
-    if missing:
-        said.append(
-            "Whoever is silent is dead, stuck, busy elsewhere, or not calling this: look at the first error there."
-        )
+    except RuntimeError as error:
+        return f"Nobody can be asked who is missing: the group's store does not answer ({error}), so its host, often rank 0, may be gone."
+    silent = [rank for rank in others if rank not in notes]
+    if silent:
+        said = [
+            f"No word from {_name(silent, ranks)}: dead, stuck, busy elsewhere, or not calling this; look at the first error there."
+        ]
     else:
-        said.append("All ranks report a failure.")
+        said = ["All ranks report a failure."]
     said += [f"Rank {ranks[rank]} failed in {note}." for rank, note in notes.items() if note != str(call)]
     return " ".join(said)
 
