@@ -131,6 +131,8 @@ def test_what_is_no_overlap_algorithm(alg: Any) -> None:
         ({"comm_cost_factor": -1.0}, "comm_cost_factor must be a positive number, got -1.0"),
         ({"comm_cost_factor": float("nan")}, "comm_cost_factor must be a positive number, got nan"),
         ({"calc_cost_factor": float("inf")}, "calc_cost_factor must be a positive number, got inf"),
+        ({"latency_cost": -1.0}, "latency_cost must be 0 or a positive number, got -1.0"),
+        ({"latency_cost": float("nan")}, "latency_cost must be 0 or a positive number, got nan"),
         ({"calc_cost_factor": "1"}, "calc_cost_factor must be a positive number, got '1'"),
     ],
 )

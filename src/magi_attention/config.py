@@ -174,6 +174,8 @@ class OverlapConfig:
             factor = getattr(self, name)
             if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {factor!r}")
+        if not isinstance(self.latency_cost, (int, float)) or not 0 <= self.latency_cost < math.inf:
+            raise ValueError(f"latency_cost must be 0 or a positive number, got {self.latency_cost!r}")
 
 
 @dataclass(frozen=True)
