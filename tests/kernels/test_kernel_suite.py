@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask, Partial
-from magi_attention.kernels.partials import accumulation_dtype
+from magi_attention.kernels.precision import accumulation_dtype
 from magi_attention.kernels.registry import BACKENDS
 from magi_attention.mask.bands import shift, split_k
 from magi_attention.testing.kernel_check import (
@@ -151,6 +151,16 @@ def test_inputs_are_not_modified(backend: Backend, dtype: torch.dtype, device: s
     assert all(torch.equal(x, getattr(before, name)) for name, x in vars(inputs).items())
     assert np.array_equal(mask.bands, bands)
     assert all(torch.equal(x, y) for x, y in zip(statistics, statistics_before, strict=True))
+
+
+def test_autocast_changes_nothing(backend: Backend, dtype: torch.dtype, device: str) -> None:
+    case = KernelCase("window", dtype, 97, head_dim=40)
+    inputs = make_inputs(case, device)
+    expected = run_kernel(backend, inputs, case.slices.kernel_mask(), case.settings)
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        actual = run_kernel(backend, inputs, case.slices.kernel_mask(), case.settings)
+    for name, x in vars(expected).items():
+        assert x is None or torch.equal(x, getattr(actual, name)), f"{name} differs under autocast"
 
 
 def _key_parts(mask: KernelMask, cuts: list[int]) -> list[tuple[slice, KernelMask]]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from magi_attention.kernels.interface import Partial
-from magi_attention.kernels.partials import accumulation_dtype, empty_partial, finite_lse, merge_
+from magi_attention.kernels.partials import empty_partial, finite_lse, merge_
+from magi_attention.kernels.precision import accumulation_dtype
 
 
 def attend(logits: Tensor, v: Tensor) -> Partial:

@@ -17,7 +17,7 @@ from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.functional.checks import check_sink, check_slices, check_tensors
 from magi_attention.functional.sink import apply_sink, sink_gradient
 from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask
-from magi_attention.kernels.partials import accumulation_dtype
+from magi_attention.kernels.precision import accumulation_dtype
 from magi_attention.kernels.registry import pick
 from magi_attention.mask.bands import Ints, bands_from_slices, check_disjoint
 

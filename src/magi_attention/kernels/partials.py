@@ -11,11 +11,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.kernels.interface import Partial
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over keys are made: float32, or float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from magi_attention.kernels.precision import accumulation_dtype
 
 
 def finite_lse(lse: Tensor) -> Tensor:

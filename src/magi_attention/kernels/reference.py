@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from magi_attention.kernels.interface import AttnSettings, KernelMask, Partial
-from magi_attention.kernels.partials import accumulation_dtype, finite_lse, merge_
+from magi_attention.kernels.partials import finite_lse, merge_
+from magi_attention.kernels.precision import accumulation_dtype, without_autocast
 from magi_attention.mask.bands import to_dense
 
 name = "reference"
@@ -23,6 +24,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings) -> str 
     return None
 
 
+@without_autocast
 def forward(
     q: Tensor,
     k: Tensor,
@@ -49,6 +51,7 @@ def forward(
     return merge_(into, partial) if into is not None else partial._replace(out=out.to(out_dtype or wide))
 
 
+@without_autocast
 def backward(
     dout: Tensor,
     q: Tensor,

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from magi_attention.kernels.interface import AttnSettings, KernelMask, Partial
-from magi_attention.kernels.partials import accumulation_dtype, empty_partial, merge_
+from magi_attention.kernels.partials import empty_partial, merge_
+from magi_attention.kernels.precision import accumulation_dtype, without_autocast
 from magi_attention.mask.bands import K0, K1, Q0, expand, split_q, tighten
 
 name = "tiled"
@@ -62,6 +63,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings) -> str 
     return None
 
 
+@without_autocast
 def forward(
     q: Tensor,
     k: Tensor,
@@ -121,6 +123,7 @@ def _attend(q_rows: Tensor, k: Tensor, v: Tensor, tile: _Tile, settings: AttnSet
     return out, lse, top.unflatten(1, (-1, group)).amax(dim=1)
 
 
+@without_autocast
 def backward(
     dout: Tensor,
     q: Tensor,
