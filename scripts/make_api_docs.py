@@ -234,6 +234,8 @@ def _markdown(doc: str) -> str:
             lines += [f"*{first}*\n", *_items(items), ""]
         elif in_section and first.startswith("    "):
             lines += [*_items(textwrap.dedent(block).splitlines()), ""]
+        elif first.startswith("==="):
+            lines += ["```text", block, "```", ""]  # a table
         else:
             in_section = False
             lines += [block, ""]

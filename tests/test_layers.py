@@ -141,7 +141,10 @@ def test_allowed_imports_have_no_cycle() -> None:
 
 
 def test_files_are_one_idea_each() -> None:
-    lines = {str(path.relative_to(SOURCE)): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py")}
+    lines = {
+        str(path.relative_to(SOURCE)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in SOURCE.rglob("*.py")
+    }
     long = {name for name, count in lines.items() if count > MOST_LINES}
     assert long - set(LONGER_FILES) == set(), (
         f"over {MOST_LINES} lines is two ideas: split by idea, or say here why not"

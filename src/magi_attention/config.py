@@ -193,7 +193,13 @@ class GrpCollConfig:
 
 @dataclass(frozen=True)
 class DistAttnConfig:
-    """All settings of distributed attention. ``grpcoll_config`` is accepted and unused."""
+    """All settings of distributed attention.
+
+    Attributes:
+        dispatch_config: how the sequence is cut and dealt to ranks.
+        overlap_config: how moving is hidden behind computing.
+        grpcoll_config: accepted and unused.
+    """
 
     dispatch_config: DispatchConfig = field(default_factory=DispatchConfig)
     overlap_config: OverlapConfig = field(default_factory=OverlapConfig)
