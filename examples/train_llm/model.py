@@ -100,9 +100,18 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Layer(settings, is_windowed=i % 2 == 1) for i in range(settings.num_layers))
         self.norm = RMSNorm(settings.dim)
         self.to_logits = nn.Linear(settings.dim, NUM_BYTES, bias=False)
-        for parameter in self.parameters():
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Activations of unit size throughout, residual branches that add up to it, and logits near zero."""
+        for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+                std = parameter.shape[1] ** -0.5
+                if name.endswith(("to_out.weight", "down.weight")):
+                    std *= (2 * len(self.layers)) ** -0.5
+                nn.init.normal_(parameter, std=std)
+        nn.init.normal_(self.embedding.weight, std=1.0)
+        nn.init.normal_(self.to_logits.weight, std=0.02)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """``[n, NUM_BYTES]`` logits of ``[n]`` int64 tokens, which are at the ``[n]`` int64 positions of their documents."""

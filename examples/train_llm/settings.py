@@ -32,7 +32,7 @@ class Settings:
     num_heads_kv: int = 2
     head_dim: int = 32
     hidden_dim: int = 344
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
     num_warmup: int = 5
     dtype: str = "float32"
     seed: int = 0
