@@ -22,7 +22,7 @@ class Settings:
         seed: of weights and of the order of documents.
     """
 
-    num_steps: int = 30
+    num_steps: int = 24
     num_tokens: int = 8192
     min_document: int = 128
     max_document: int = 4096
