@@ -1,0 +1,81 @@
+// Attention over a band table: what the C interface hands to the kernels.
+//
+// Shapes: num_q, num_k tokens; hq, hk heads, hq % hk == 0; d, dv head dims. Tensors have strides for tokens and heads, in elements; the last axis
+// is contiguous. A band row is (q0, q1, k0, k1, lo, hi): cell (i, j) of its rectangle is attended when lo <= j - i <= hi.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+struct Band { int64_t q0, q1, k0, k1, lo, hi; };
+
+struct View {  // [tokens, heads, columns]
+  const void* data;
+  int64_t token, head;
+};
+
+struct Problem {
+  View q, k, v;
+  int64_t num_q, num_k, hq, hk, d, dv;
+  float scale, softcap;
+  const Band* bands;
+  int64_t num_bands;
+  int32_t dtype;  // of q, k, v: 0 float, 1 bfloat16, 2 half
+  int32_t threads;
+};
+
+struct ForwardOutput {
+  float* out_wide;   // float [num_q, hq, dv]: merged into where `merge`, else written; or null
+  void* out_narrow;  // the same in q's dtype; or null
+  float* lse;        // [num_q, hq]
+  float* max_logits; // [hq], merged into where `merge`; or null
+  int32_t merge;
+};
+
+struct BackwardInput {
+  View dout;
+  int32_t dout_dtype;
+  const float *lse, *delta;  // [num_q, hq]
+  float *dq, *dk, *dv;       // float, contiguous, [tokens, heads, columns]
+  int32_t add_to_dq;         // else dq is written
+};
+
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+// Runs task(index, worker) for every index in [0, count), each once, in rising order of start. Which worker takes which is not determined;
+// tasks share no output, so results are.
+template <class Task>
+static void parallel(int64_t count, int threads, Task&& task) {
+  std::atomic<int64_t> next{0};
+  auto work = [&](int worker) {
+    for (int64_t i; (i = next.fetch_add(1)) < count;) task(i, worker);
+  };
+  int64_t extra = std::min<int64_t>(threads, count) - 1;
+  std::vector<std::thread> others;
+  for (int64_t w = 1; w <= extra; w++) others.emplace_back(work, (int)w);
+  work(0);
+  for (auto& t : others) t.join();
+}
+
+// Memory that is not initialised, aligned to a cache line.
+struct Buffer {
+  float* data = nullptr;
+  explicit Buffer(size_t count) : data((float*)::operator new(count * 4 + 64, std::align_val_t(64))) {}
+  ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator float*() const { return data; }
+};
+
+// A tile of queries, a multiple of MR, against a block of keys, a multiple of NR: K and V blocks of 256 x 128 floats stay in the second-level
+// cache. Rows of a tile's scores are LEAD apart: not a power of two, so that a column of them falls into different cache sets.
+constexpr int TILE_Q = 60, BLOCK_K = 256, LEAD = BLOCK_K + 16;
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void forward(const Problem& p, const ForwardOutput& o);
+void backward(const Problem& p, const BackwardInput& in);
