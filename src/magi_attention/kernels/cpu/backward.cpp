@@ -17,8 +17,9 @@ struct Scratch {
 };
 
 struct Operands {
-  // q (scaled by log2 e) and dout in rows; k and v along tokens, for S and dP; k, q and dout across, for dQ, dK and dV.
-  const Packed &q_rows, &dout_rows, &k_along, &v_along, &k_across, &q_across, &dout_across;
+  // q and dout in rows; k (scaled by scale * log2 e) and v along tokens, for S and dP; k, q and dout across, for dQ, dK and dV.
+  const Rows &q_rows, &dout_rows;
+  const Packed &k_along, &v_along, &k_across, &q_across, &dout_across;
 };
 
 struct Kernel {
@@ -52,14 +53,13 @@ struct Kernel {
     int count = block.strips(strips);
     if (!count) return;
     int64_t kb = block.kb, d = p.d, dv = p.dv;
-    const float *q = x.q_rows.head(h), *dout = x.dout_rows.head(h);
     const float *keys = x.k_along.head(kv) + kb * d, *values = x.v_along.head(kv) + kb * dv, *k_across = x.k_across.head(kv) + kb * NR;
     auto place = [&](Buffer const& b, int64_t row) { return b + (row - block.a) * LEAD; };
     each_panel(strips, count, [&](int c, const Strip& r) {
-      multiply<false>(r.rows, (int)d, q + r.row * d, d, 1, keys + c * d, place(s.probs, r.row) + c, LEAD);
+      multiply<false>(r.rows, (int)d, x.q_rows.at(r.row, h), x.q_rows.token, 1, keys + c * d, place(s.probs, r.row) + c, LEAD);
     });
     each_panel(strips, count, [&](int c, const Strip& r) {
-      multiply<false>(r.rows, (int)dv, dout + r.row * dv, dv, 1, values + c * dv, place(s.dscores, r.row) + c, LEAD);
+      multiply<false>(r.rows, (int)dv, x.dout_rows.at(r.row, h), x.dout_rows.token, 1, values + c * dv, place(s.dscores, r.row) + c, LEAD);
     });
     int key_begin = block.left(block.a), key_end = block.right(block.b - 1);
     for (int i = 0; i < count; i++) {
@@ -119,8 +119,7 @@ struct Kernel {
     }
     for (int64_t c = kb; c < end; c++) {
       const float *dk = s.dk + (c - kb) * x.q_across.columns, *dv = s.dv + (c - kb) * x.dout_across.columns;
-      // q was scaled by scale * log2 e when packed.
-      for (int64_t e = 0; e < p.d; e++) in.dk[(c * p.hk + kv) * p.d + e] = dk[e] * LN2;
+      for (int64_t e = 0; e < p.d; e++) in.dk[(c * p.hk + kv) * p.d + e] = dk[e] * p.scale;
       for (int64_t e = 0; e < p.dv; e++) in.dv[(c * p.hk + kv) * p.dv + e] = dv[e];
     }
   }
@@ -146,18 +145,37 @@ std::vector<int64_t> partition(const Problem& p, const TileBands& index, int64_t
   return borders;
 }
 
-void add_partitions(const Problem& p, const BackwardInput& in, const Packed& dq, int64_t parts, int64_t columns) {
-  int64_t group = p.hq / p.hk;
+// The queries [first, last) that attend keys of a partition: only these rows of its dq are ever touched.
+struct Reach { int64_t first, last; };
+
+std::vector<Reach> reach_of(const Problem& p, const TileBands& index, const std::vector<int64_t>& borders) {
+  std::vector<Reach> reach;
+  for (size_t part = 0; part + 1 < borders.size(); part++) {
+    Reach r{p.num_q, 0};
+    for (int64_t b = borders[part]; b < borders[part + 1]; b++)
+      for (int64_t x = index.first[b]; x < index.first[b + 1]; x++) {
+        const Band& band = p.bands[index.list[x]];
+        int64_t k0 = std::max(b * BLOCK_K, band.k0), k1 = std::min((b + 1) * BLOCK_K, band.k1);
+        r.first = std::min(r.first, std::max(band.q0, k0 - band.hi));
+        r.last = std::max(r.last, std::min(band.q1, k1 - band.lo));
+      }
+    reach.push_back(r);
+  }
+  return reach;
+}
+
+void add_partitions(const Problem& p, const BackwardInput& in, const Packed& dq, const std::vector<Reach>& reach, int64_t columns) {
+  int64_t group = p.hq / p.hk, parts = (int64_t)reach.size();
   constexpr int64_t block = 64;
   parallel(ceil_div(p.num_q, block), p.threads, [&](int64_t task, int) {
     for (int64_t t = task * block; t < std::min(p.num_q, (task + 1) * block); t++)
       for (int64_t h = 0; h < p.hq; h++) {
         float* dst = in.dq + (t * p.hq + h) * p.d;
-        for (int64_t c = 0; c < p.d; c++) {
-          float total = 0;
-          for (int64_t part = 0; part < parts; part++)
-            total += dq.head(((h / group) * parts + part) * group + h % group)[t * columns + c];
-          dst[c] = (in.add_to_dq ? dst[c] : 0.f) + total * p.scale;
+        if (!in.add_to_dq) std::fill(dst, dst + p.d, 0.f);
+        for (int64_t part = 0; part < parts; part++) {
+          if (t < reach[part].first || t >= reach[part].last) continue;
+          const float* src = dq.head(((h / group) * parts + part) * group + h % group) + t * columns;
+          for (int64_t c = 0; c < p.d; c++) dst[c] += src[c] * p.scale;
         }
       }
   });
@@ -167,15 +185,13 @@ template <class T, class D>
 void run(const Problem& p, const BackwardInput& in) {
   auto padded = [](int64_t n) { return ceil_div(n, NR) * NR; };
   int64_t tq = p.num_q, tk = padded(p.num_k), d = padded(p.d), dv = padded(p.dv), group = p.hq / p.hk;
-  Packed q_rows(tq, p.d, p.hq), dout_rows(tq, p.dv, p.hq), q_across(tq, d, p.hq), dout_across(tq, dv, p.hq);
+  Rows q_rows = make_rows<T>(p.q, tq, p.d, p.hq, p.threads), dout_rows = make_rows<D>(in.dout, tq, p.dv, p.hq, p.threads);
+  Packed q_across(tq, d, p.hq), dout_across(tq, dv, p.hq);
   Packed k_along(tk, p.d, p.hk), v_along(tk, p.dv, p.hk), k_across(tk, d, p.hk);
-  float factor = p.scale * LOG2E;
-  pack_rows<T>(p.q, tq, p.d, factor, q_rows, p.threads);
-  pack_across<T>(p.q, tq, p.d, factor, q_across, p.threads);
-  pack_rows<D>(in.dout, tq, p.dv, 1.f, dout_rows, p.threads);
+  pack_across<T>(p.q, tq, p.d, 1.f, q_across, p.threads);
   pack_across<D>(in.dout, tq, p.dv, 1.f, dout_across, p.threads);
-  pack_along<T>(p.k, p.num_k, p.d, k_along, p.threads);
-  pack_along<T>(p.v, p.num_k, p.dv, v_along, p.threads);
+  pack_along<T>(p.k, p.num_k, p.d, p.scale * LOG2E, k_along, p.threads);
+  pack_along<T>(p.v, p.num_k, p.dv, 1.f, v_along, p.threads);
   pack_across<T>(p.k, p.num_k, p.d, 1.f, k_across, p.threads);
   Operands operands{q_rows, dout_rows, k_along, v_along, k_across, q_across, dout_across};
   Kernel kernel{p, in, operands};
@@ -185,15 +201,17 @@ void run(const Problem& p, const BackwardInput& in) {
   int64_t parts = std::max<int64_t>(1, std::min(blocks, ceil_div(UNITS_WANTED, p.hk)));
   auto borders = partition(p, index, blocks, parts);
   Packed dq(tq, d, p.hk * parts * group);
-  parallel(dq.heads, p.threads, [&](int64_t h, int) { std::fill(dq.head(h), dq.head(h) + dq.head_size, 0.f); });
+  auto reach = reach_of(p, index, borders);
   std::vector<std::unique_ptr<Scratch>> scratch(p.threads);
   parallel(p.hk * parts, p.threads, [&](int64_t unit, int worker) {
     if (!scratch[worker]) scratch[worker] = std::make_unique<Scratch>(d, dv);
     int64_t kv = unit / parts, part = unit % parts;
     float* own_dq = dq.head(unit * group);
+    for (int64_t g = 0; g < group && reach[part].first < reach[part].last; g++)
+      std::fill(own_dq + g * dq.head_size + reach[part].first * d, own_dq + g * dq.head_size + reach[part].last * d, 0.f);
     for (int64_t b = borders[part]; b < borders[part + 1]; b++) kernel.block(*scratch[worker], index, b, kv, own_dq, dq.head_size);
   });
-  add_partitions(p, in, dq, parts, d);
+  add_partitions(p, in, dq, reach, d);
 }
 
 template <class T>

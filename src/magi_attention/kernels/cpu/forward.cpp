@@ -120,7 +120,7 @@ template <class T>
 void run(const Problem& p, const ForwardOutput& o) {
   int64_t k_tokens = ceil_div(p.num_k, NR) * NR, columns = ceil_div(p.dv, NR) * NR;
   Packed keys(k_tokens, p.d, p.hk), values(k_tokens, columns, p.hk);
-  pack_along<T>(p.k, p.num_k, p.d, keys, p.threads);
+  pack_along<T>(p.k, p.num_k, p.d, 1.f, keys, p.threads);
   pack_across<T>(p.v, p.num_k, p.dv, 1.f, values, p.threads);
   Kernel kernel{p, keys, values, o.max_logits && p.softcap > 0};
   TileBands index(p, true, TILE_Q);

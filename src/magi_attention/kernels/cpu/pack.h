@@ -4,6 +4,8 @@
 //   across   [head][column panel][token][NR]     B of a product that sums over tokens (P V, dS K, P^T dO, dS^T Q)
 //   along    [head][token panel][column][NR]     B of a product that sums over columns (Q K^T, dO V^T)
 #pragma once
+#include <type_traits>
+
 #include "attention.h"
 #include "elements.h"
 #include "simd.h"
@@ -37,6 +39,24 @@ static void pack_rows(const View& x, int64_t tokens, int64_t columns, float fact
   });
 }
 
+// The left side of a product: rows of floats with a stride. The caller's own where they are floats, else a widened copy.
+struct Rows {
+  std::unique_ptr<Packed> copy;
+  const float* data;
+  int64_t token, head;
+  const float* at(int64_t row, int64_t h) const { return data + h * head + row * token; }
+};
+
+template <class T>
+static Rows make_rows(const View& x, int64_t tokens, int64_t columns, int64_t heads, int threads) {
+  if constexpr (std::is_same_v<T, float>) return {nullptr, (const float*)x.data, x.token, x.head};
+  auto copy = std::make_unique<Packed>(tokens, columns, heads);
+  pack_rows<T>(x, tokens, columns, 1.f, *copy, threads);
+  const float* data = copy->data;
+  int64_t head = copy->head_size;
+  return {std::move(copy), data, columns, head};
+}
+
 template <class T>
 static void pack_across(const View& x, int64_t tokens, int64_t columns, float factor, const Packed& to, int threads) {
   constexpr int64_t block = 256;
@@ -55,7 +75,7 @@ static void pack_across(const View& x, int64_t tokens, int64_t columns, float fa
 }
 
 template <class T>
-static void pack_along(const View& x, int64_t tokens, int64_t columns, const Packed& to, int threads) {
+static void pack_along(const View& x, int64_t tokens, int64_t columns, float factor, const Packed& to, int threads) {
   int64_t panels = to.tokens / NR;
   parallel(to.heads * panels, threads, [&](int64_t task, int) {
     int64_t h = task / panels, begin = task % panels * NR;
@@ -63,7 +83,7 @@ static void pack_along(const View& x, int64_t tokens, int64_t columns, const Pac
     for (int64_t e = 0; e < NR; e++) {
       bool used = begin + e < tokens;
       const T* src = row_of<T>(x, used ? begin + e : 0, h);
-      for (int64_t c = 0; c < to.columns; c++) dst[c * NR + e] = used && c < columns ? widen(src[c]) : 0.f;
+      for (int64_t c = 0; c < to.columns; c++) dst[c * NR + e] = used && c < columns ? widen(src[c]) * factor : 0.f;
     }
   });
 }
