@@ -23,7 +23,8 @@ from train import Record, train
 
 # A length that no number of ranks divides, so that there is padding.
 TINY = Settings(
-    num_steps=4,
+    num_steps=6,
+    num_warmup=1,
     num_tokens=331,
     min_document=1,
     max_document=150,
@@ -81,7 +82,7 @@ def test_first_step_is_that_of_plain_torch(one: Record) -> None:
 
 def test_the_model_learns(one: Record) -> None:
     assert one.losses[0] == pytest.approx(np.log(NUM_BYTES), rel=0.05)
-    assert one.losses[-1] < one.losses[0] - 0.05
+    assert one.losses[-1] < one.losses[0] - 0.2
 
 
 def test_sequences_are_packed_documents() -> None:

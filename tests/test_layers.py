@@ -48,6 +48,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
 # Who may look at os.environ, and why.
 READS_ENVIRONMENT = {
     "env.py": "it is the one that does",
+    "kernels/cpu/build.py": "the system says there where its caches lie",
     "testing/dist.py": "hands the caller's environment to the ranks that it starts",
     "utils.py": "torchrun tells each process its rank there",
 }
