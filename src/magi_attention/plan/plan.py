@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,6 +29,10 @@ from magi_attention.plan.local_slices import (
     to_buffer,
 )
 from magi_attention.plan.stages import Dealing
+
+if TYPE_CHECKING:
+    from magi_attention.plan.cost import Machine
+    from magi_attention.plan.report import Heads, PlanReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +222,12 @@ class AttnPlan:
             parts.append(self.moved.tobytes())
         parts.append(str(self.ranks_per_node).encode())
         return hashlib.sha256(b"".join(parts)).digest()
+
+    def report(self, heads: Heads | None = None, machine: Machine | None = None) -> PlanReport:
+        """The certificate of this plan: see `plan.report.report`."""
+        from magi_attention.plan.report import report  # which is written in terms of this class
+
+        return report(self, heads, machine)
 
     def describe(self) -> str:
         """The plan in words and a table, for a person: one line a rank."""

@@ -1,0 +1,254 @@
+"""The certificate of a plan: who computes, sends, holds and waits for how much, beside what other methods would.
+
+Cells and rows are counted. Times are predicted (see ``plan.cost``) for a machine that the caller describes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.mask.bands import Ints, area
+from magi_attention.plan.cost import CostModel, Machine, Workload, backward_times, forward_times, ideal_time, timeline
+from magi_attention.plan.demand import DST, SRC, demanded_intervals, rows_by_rank
+from magi_attention.plan.plan import AttnPlan
+from magi_attention.plan.stages import Dealing, WorkDensity, predict
+
+# Up to this many ranks, the cells of stages are counted from every rank's slices; beyond, from the density of work on a grid.
+_MOST_RANKS_COUNTED = 64
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What the plan is for: ``itemsize`` bytes an element (2: bfloat16)."""
+
+    num_heads_q: int = 32
+    num_heads_kv: int = 8
+    head_dim: int = 128
+    itemsize: int = 2
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of one row of keys and values."""
+        return 2 * self.num_heads_kv * self.head_dim * self.itemsize
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of one row of queries."""
+        return self.num_heads_q * self.head_dim * self.itemsize
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another method under the same cost model.
+
+    ``rows``: k rows (or as many bytes) received in all. ``step``: seconds, None where it cannot be used.
+    """
+
+    name: str
+    rows: int
+    step: float | None
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """See `report`. Lists are by rank. Rows are of keys, bytes of a forward pass; times are seconds."""
+
+    num_ranks: int
+    area: list[int]
+    imbalance: float
+    rows_sent: list[int]
+    rows_received: list[int]
+    queries_received: list[int]
+    bytes_received: list[int]
+    rows_between_nodes: int
+    rows_demanded: int
+    rows_in_excess: int
+    peak_bytes: list[int]
+    forward_stages: int
+    backward_stages: int
+    forward: float
+    backward: float
+    forward_without_overlap: float
+    backward_without_overlap: float
+    efficiency: float
+    stage_timeline: list[list[float]]
+    alternatives: list[Alternative]
+
+    @property
+    def step(self) -> float:
+        """Predicted forward and backward, in seconds."""
+        return self.forward + self.backward
+
+    def to_json(self) -> str:
+        """All of it, for `from_json`, and the predicted step besides."""
+        return json.dumps({**asdict(self), "step": self.step})
+
+    @classmethod
+    def from_json(cls, text: str) -> PlanReport:
+        """The report that `to_json` wrote."""
+        fields: dict[str, Any] = json.loads(text)
+        del fields["step"]
+        return cls(**{**fields, "alternatives": [Alternative(**one) for one in fields["alternatives"]]})
+
+    def __str__(self) -> str:
+        return "\n".join([*self._summary(), *self._by_rank()])
+
+    def _summary(self) -> list[str]:
+        received = sum(self.rows_received)
+        lines = [
+            f"{self.num_ranks} ranks, area {sum(self.area):,} cells, largest rank {self.imbalance:.3f} of the mean",
+            f"rows received {received:,} (busiest rank {max(self.rows_received):,}); distinct remote rows demanded "
+            f"{self.rows_demanded:,}, excess {self.rows_in_excess:,}"
+            + (f"; queries moved {sum(self.queries_received):,}" if any(self.queries_received) else "")
+            + (f"; between nodes {self.rows_between_nodes:,}" if self.rows_between_nodes else ""),
+            f"predicted forward {_ms(self.forward)} in 1 + {self.forward_stages} stages (without overlap "
+            f"{_ms(self.forward_without_overlap)}), backward {_ms(self.backward)} in 1 + {self.backward_stages} "
+            f"({_ms(self.backward_without_overlap)}); {self.efficiency:.1%} of ideal",
+            f"{'method':<22} {'rows received':>16} {'predicted step':>15}",
+            f"{'this plan':<22} {received:>16,} {_ms(self.step):>15}",
+        ]
+        lines += [f"{one.name:<22} {one.rows:>16,} {_ms(one.step):>15}" for one in self.alternatives]
+        return lines
+
+    def _by_rank(self) -> list[str]:
+        lines = [f"{'rank':>5} {'area':>18} {'sends':>11} {'receives':>11} {'MiB in':>9} {'peak MiB':>9}"]
+        lines += [
+            f"{rank:>5} {self.area[rank]:>18,} {self.rows_sent[rank]:>11,} {self.rows_received[rank]:>11,} "
+            f"{self.bytes_received[rank] / 2**20:>9.1f} {self.peak_bytes[rank] / 2**20:>9.1f}"
+            for rank in range(self.num_ranks)
+        ]
+        return lines
+
+
+def _ms(seconds: float | None) -> str:
+    return "not possible" if seconds is None else f"{seconds * 1e3:.2f} ms"
+
+
+def report(plan: AttnPlan, heads: Heads | None = None, machine: Machine | None = None) -> PlanReport:
+    """The certificate of ``plan`` for these heads on this machine; left out, a Llama-like model and a current GPU cluster."""
+    heads, machine = heads or Heads(), machine or Machine()
+    cost = machine.cost_model(heads.num_heads_q, heads.num_heads_kv, heads.head_dim, heads.itemsize)
+    forward, backward = (workload(plan, dealing, heads) for dealing in (plan.forward, plan.backward))
+    marks = timeline(forward, cost)
+    times = float(forward_times(forward, cost).max()), float(backward_times(backward, cost).max())
+    demanded = _demanded_rows(plan)
+    received = int(plan.received_rows.sum())
+    ideal = ideal_time(plan.mask.area, plan.num_ranks, cost)
+    return PlanReport(
+        num_ranks=plan.num_ranks,
+        area=plan.areas.tolist(),
+        imbalance=plan.imbalance,
+        rows_sent=plan.sent_rows.tolist(),
+        rows_received=plan.received_rows.tolist(),
+        queries_received=plan.received_queries.tolist(),
+        bytes_received=(plan.received_rows * heads.key_bytes + plan.received_queries * heads.query_bytes).tolist(),
+        rows_between_nodes=plan.rows_between_nodes,
+        rows_demanded=demanded,
+        rows_in_excess=received - demanded,
+        peak_bytes=_peak_bytes(plan, heads).tolist(),
+        forward_stages=plan.forward.num_stages,
+        backward_stages=plan.backward.num_stages,
+        forward=times[0],
+        backward=times[1],
+        forward_without_overlap=_without_overlap(forward, cost, 1.0, 1),
+        backward_without_overlap=_without_overlap(backward, cost, cost.backward_ratio, 2),
+        efficiency=ideal / sum(times) if sum(times) else 1.0,
+        stage_timeline=marks.T.tolist(),
+        alternatives=alternatives(plan, heads, cost),
+    )
+
+
+def workload(plan: AttnPlan, dealing: Dealing, heads: Heads) -> Workload:
+    """What every rank does in one pass; guests are a stage of their own, their rows counted in rows of keys of as many bytes."""
+    if plan.num_ranks > _MOST_RANKS_COUNTED and plan.moved is None:
+        density = WorkDensity.of(plan.mask.bands, plan.q_layout, plan.k_layout.padded_seqlen)
+        return predict(dealing.table, dealing.num_stages, density, plan.areas)
+    parts = [plan.rank(rank) for rank in range(plan.num_ranks)]
+    of_pass = [part.stages if dealing is plan.forward else part.backward_stages for part in parts]
+    host = np.array([_cells(part.host_bands) for part in parts], np.float64)
+    cells = [[_cells(stages[number].bands) for stages in of_pass] for number in range(dealing.num_stages)]
+    rows = [
+        [max(stages[number].exchange.num_sent, stages[number].exchange.num_received) for stages in of_pass]
+        for number in range(dealing.num_stages)
+    ]
+    if plan.moved is not None:
+        guests = [part.guests for part in parts if part.guests is not None]
+        both_ways = 2 * heads.query_bytes / heads.key_bytes
+        cells.insert(0, [_cells(guest.bands) for guest in guests])
+        rows.insert(0, [int(max(g.exchange.num_sent, g.exchange.num_received) * both_ways) for g in guests])
+    shape = (-1, plan.num_ranks)
+    return Workload(host, np.array(cells, np.float64).reshape(shape), np.array(rows, np.float64).reshape(shape))
+
+
+def _cells(bands: Ints) -> int:
+    return int(area(bands).sum())
+
+
+def _demanded_rows(plan: AttnPlan) -> int:
+    """Distinct remote rows that each rank needs, summed: counted from the mask apart from the transfers."""
+    if plan.moved is not None:
+        return int(rows_by_rank(plan.forward.table, DST, plan.num_ranks).sum())
+    intervals = demanded_intervals(plan.mask.bands, plan.q_layout)
+    total = int((intervals[:, 2] - intervals[:, 1]).sum())
+    runs = plan.k_layout.runs
+    rank_stride = plan.k_layout.padded_seqlen + 1
+    begins = intervals[:, 0] * rank_stride + intervals[:, 1]
+    ends = intervals[:, 0] * rank_stride + intervals[:, 2]
+    before = np.append(0, np.cumsum(ends - begins))
+
+    def covered(position: Ints) -> Ints:  # rows demanded by the run's own rank ahead of a position of its own
+        keyed = runs[:, 2] * rank_stride + position
+        at = np.searchsorted(ends, keyed, side="right")
+        partial = np.maximum(keyed - np.append(begins, np.iinfo(np.int64).max // 2)[at], 0)
+        result: Ints = before[at] + partial
+        return result
+
+    return total - int((covered(runs[:, 1]) - covered(runs[:, 0])).sum())
+
+
+def _peak_bytes(plan: AttnPlan, heads: Heads) -> Ints:
+    """Bytes of attention's own tensors in the backward pass: q, k, v, out, dout, float32 dq, dk, dv, and two stages' buffers."""
+    rows_q, rows_k = plan.q_layout.num_rows, plan.k_layout.num_rows
+    resident = rows_q * (3 * heads.query_bytes + heads.num_heads_q * (heads.head_dim + 2) * 4)
+    resident = resident + rows_k * (heads.key_bytes + 2 * heads.num_heads_kv * heads.head_dim * 4)
+    largest = np.zeros(plan.num_ranks, np.int64)
+    for stage in range(plan.backward.num_stages):
+        part = plan.backward.table[plan.backward.table[:, 0] == stage]
+        largest = np.maximum(largest, rows_by_rank(part, DST, plan.num_ranks) + rows_by_rank(part, SRC, plan.num_ranks))
+    return resident + 2 * largest * heads.key_bytes
+
+
+def _without_overlap(work: Workload, cost: CostModel, compute: float, transfers: int) -> float:
+    cells = work.host_cells + work.stage_cells.sum(axis=0)
+    moving = work.stage_rows.sum(axis=0) * cost.row + len(work.stage_rows) * cost.latency
+    total: NDArray[np.float64] = cells * cost.cell * compute + transfers * moving
+    return float(total.max())
+
+
+def alternatives(plan: AttnPlan, heads: Heads, cost: CostModel) -> list[Alternative]:
+    """Ring, all-gather and head-sharded (Ulysses) exchange of the same mask, each at its best: computing perfectly balanced, the ring's
+    transfers wholly overlapped."""
+    num_ranks, length = plan.num_ranks, plan.k_layout.padded_seqlen
+    compute = ideal_time(plan.mask.area, num_ranks, cost)
+    foreign = length * (num_ranks - 1) // num_ranks  # rows that a rank does not hold
+    moved_once = foreign * cost.row
+    ring = max(compute / (1 + cost.backward_ratio), moved_once) + max(
+        compute * cost.backward_ratio / (1 + cost.backward_ratio), 2 * moved_once
+    )
+    hops = 3 * (num_ranks - 1) * cost.latency
+    gathered = compute + 3 * (moved_once + cost.latency)
+    # Head-sharding sends q, k, v and brings out back; backward the same of the gradients and dout: of a rank's own rows all but its heads.
+    per_token = (2 * heads.query_bytes + heads.key_bytes) / heads.key_bytes
+    shared = int(length / num_ranks * (num_ranks - 1) / num_ranks * per_token)
+    possible = heads.num_heads_kv % num_ranks == 0
+    ulysses = compute + 3 * shared * cost.row + 8 * cost.latency if possible else None
+    return [
+        Alternative("ring", foreign * num_ranks, ring + hops),
+        Alternative("all-gather", foreign * num_ranks, gathered),
+        Alternative("head-sharded (Ulysses)", shared * num_ranks, ulysses),
+    ]
