@@ -35,9 +35,11 @@ help:
 
 env: $(READY)
 
-$(VENV)/ready: requirements-dev.txt pyproject.toml
+$(VENV)/ready: requirements-dev.txt requirements-triton.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -r requirements-dev.txt
+	$(VENV)/bin/python -c "import triton" 2>/dev/null || \
+		$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -r requirements-triton.txt
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps --no-build-isolation --editable .
 	touch $@
 
