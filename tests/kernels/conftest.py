@@ -5,15 +5,26 @@ A new backend adds a line to `TESTED`; the tests that take ``backend`` (and ``dt
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from magi_attention.kernels.interface import Backend
-from magi_attention.kernels.registry import load
-from magi_attention.testing.poison import poisoned_memory
+# Before Triton's kernels are defined: without a GPU they run in its interpreter.
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from magi_attention.kernels.interface import Backend  # noqa: E402
+from magi_attention.kernels.registry import load  # noqa: E402
+from magi_attention.testing.poison import poisoned_memory  # noqa: E402
+
+if not HAS_GPU:
+    import interpreter_bf16
+
+    interpreter_bf16.mend()
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,7 +43,18 @@ TESTED = (
     Tested("reference", (torch.float64, *LOW)),
     Tested("tiled", (torch.float64, *LOW)),
     Tested("cpu", LOW),
+    Tested("triton", LOW, "cuda" if HAS_GPU else "cpu", 1009 if HAS_GPU else 131),
 )
+
+# What of the suite the interpreter, which is slow, runs in `make test`; the rest of it runs in `make test-long`.
+QUICK_IN_INTERPRETER = {"test_mask": torch.float32, "test_softcap": torch.float16, "test_head_dims": torch.bfloat16}
+
+
+def _marks(tested: Tested, test: str, dtype: torch.dtype | None = None) -> list[pytest.MarkDecorator]:
+    slow = tested.name == "triton" and not HAS_GPU
+    if not slow or (dtype is not None and QUICK_IN_INTERPRETER.get(test) == dtype):
+        return []
+    return [pytest.mark.long]
 
 
 @pytest.hookimpl(trylast=True)
@@ -43,9 +65,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "dtype" in metafunc.fixturenames:
         pairs = [(tested, dtype) for dtype in (torch.float64, *LOW) for tested in TESTED if dtype in tested.dtypes]
         ids = [f"{tested.name}-{str(dtype).removeprefix('torch.')}" for tested, dtype in pairs]
-        metafunc.parametrize(("tested", "dtype"), pairs, ids=ids)
+        values = [pytest.param(*pair, marks=_marks(pair[0], metafunc.function.__name__, pair[1])) for pair in pairs]
+        metafunc.parametrize(("tested", "dtype"), values, ids=ids)
     else:
-        metafunc.parametrize("tested", TESTED, ids=[tested.name for tested in TESTED])
+        one_each = [pytest.param(tested, marks=_marks(tested, metafunc.function.__name__)) for tested in TESTED]
+        metafunc.parametrize("tested", one_each, ids=[tested.name for tested in TESTED])
 
 
 @pytest.fixture

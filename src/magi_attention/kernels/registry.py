@@ -14,6 +14,7 @@ BACKENDS: dict[str, str] = {
     "reference": "magi_attention.kernels.reference",
     "tiled": "magi_attention.kernels.tiled",
     "cpu": "magi_attention.kernels.cpu",
+    "triton": "magi_attention.kernels.triton",
 }
 
 # What "auto" tries on a device, best first. The last takes anything, so there is always one.

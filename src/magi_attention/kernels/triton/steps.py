@@ -1,0 +1,42 @@
+"""Pieces that the kernels share: masks, scores, and the rectangle loads."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(p_base, o_rows, stride, num_rows, o_columns, NUM_COLUMNS: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """``[rows, columns]`` of a tensor whose last axis is contiguous; what lies outside is 0."""
+    p = p_base + o_rows.to(tl.int64)[:, None] * stride + o_columns[None, :]
+    if CHECK_ROWS:
+        if NUM_COLUMNS == o_columns.shape[0]:
+            return tl.load(p, mask=(o_rows < num_rows)[:, None], other=0.0)
+        return tl.load(p, mask=(o_rows < num_rows)[:, None] & (o_columns < NUM_COLUMNS)[None, :], other=0.0)
+    if NUM_COLUMNS == o_columns.shape[0]:
+        return tl.load(p)
+    return tl.load(p, mask=(o_columns < NUM_COLUMNS)[None, :], other=0.0)
+
+
+@triton.jit
+def tanh(x):
+    """Of any size: 1 - 2 / (exp(2x) + 1), by a bounded exponent; near 0 by its series, where that loses digits."""
+    y = tl.minimum(tl.maximum(x, -10.0), 10.0)
+    e = tl.exp2(y * 2.8853900817779268)
+    y2 = y * y
+    series = y * (1.0 + y2 * (-0.33333333 + y2 * (0.13333333 + y2 * -0.05396825)))
+    return tl.where(y2 < 0.01, series, (e - 1.0) / (e + 1.0))
+
+
+@triton.jit
+def attended(o_q, o_k, p_edge):
+    """``[q, k]`` bool of an edge segment: its keys, its queries, its band."""
+    end = tl.load(p_edge + 1)
+    lo = tl.load(p_edge + 2)
+    hi = tl.load(p_edge + 3)
+    q_begin = tl.load(p_edge + 4)
+    q_end = tl.load(p_edge + 5)
+    diagonal = o_k[None, :] - o_q[:, None]
+    rows = (o_q >= q_begin) & (o_q < q_end)
+    return rows[:, None] & (o_k < end)[None, :] & (diagonal >= lo) & (diagonal <= hi)
