@@ -34,6 +34,7 @@ def make_key(
     is_k_permutable: bool,
     layout_key: DistAttnRuntimeKey | None,
     keeps_dispatch: bool = False,
+    companions: tuple[tuple[AttnMask, float], ...] = (),
 ) -> DistAttnRuntimeKey:
     """Check, name, plan (unless the plan is cached) and remember. Arguments as in `magi_attn_flex_key`."""
     checks.check_heads(num_heads_q, num_heads_kv, head_dim)
@@ -55,6 +56,7 @@ def make_key(
         keeps_dispatch=keeps_dispatch,
         moves_queries=env.qo_comm(),
         ranks_per_node=ranks_per_node,
+        companions=companions,
     )
     session = cache.find_session(key)
     if session is None:

@@ -200,6 +200,11 @@ def make_flex_key_for_new_mask_after_dispatch(
     """
     base = cache.get_session(key_for_dispatch).key
     mask = AttnMask.from_slices(q_ranges, k_ranges, attn_mask_type, base.total_seqlen_q, base.total_seqlen_k)
+    return _key_over(mask, base, dist_attn_config)
+
+
+def _key_over(mask: AttnMask, base: DistAttnRuntimeKey, config: DistAttnConfig | None) -> DistAttnRuntimeKey:
+    """The key of ``mask`` over the dispatch of ``base``."""
     return make_key(
         mask,
         base.num_heads_q,
@@ -207,7 +212,7 @@ def make_flex_key_for_new_mask_after_dispatch(
         base.head_dim,
         group=base.cp_group,
         ranks_per_node=base.ranks_per_node,
-        config=base.config if dist_attn_config is None else dist_attn_config,
+        config=base.config if config is None else config,
         pad_size=base.pad_size,
         chunk_size=None,
         is_same_source=base.is_same_source,
@@ -216,6 +221,54 @@ def make_flex_key_for_new_mask_after_dispatch(
         layout_key=base,
         keeps_dispatch=True,
     )
+
+
+def magi_attn_joint_keys(
+    masks: Sequence[AttnMask],
+    weights: Sequence[float],
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    pad_size: int | None = None,
+    chunk_size: int | None = None,
+    cp_group_or_mesh: Group = None,
+    dist_attn_config: DistAttnConfig = DistAttnConfig(),  # noqa: B008 - a frozen value
+) -> list[DistAttnRuntimeKey]:
+    """Keys of several masks over one dispatch: the layers of a model that attend differently, say one full to five windowed.
+
+    Args:
+        masks: `AttnMask` values over the same tokens.
+        weights: how often each is used in a step; only their ratios matter.
+        num_heads_q, num_heads_kv, head_dim, pad_size, chunk_size, cp_group_or_mesh, dist_attn_config: see `magi_attn_varlen_key`.
+
+    Returns:
+        A key for each mask, in order. Rows dispatched with any of them are laid out for all: the dispatch balances the weighted
+        sum of areas and keeps each mask within bounds.
+
+    Raises:
+        ValueError: masks of different lengths, weights that are not positive, or what `magi_attn_flex_key` refuses.
+    """
+    if not masks or len(masks) != len(weights):
+        raise ValueError(f"masks and weights must be equally many, at least one, got {len(masks)} and {len(weights)}")
+    companions = tuple(zip(masks, (float(weight) for weight in weights), strict=True))
+    group = resolve_group(cp_group_or_mesh)
+    first = make_key(
+        masks[0],
+        num_heads_q,
+        num_heads_kv,
+        head_dim,
+        group=group,
+        ranks_per_node=nodes_of(cp_group_or_mesh) if env.hierarchical_comm() else None,
+        config=dist_attn_config,
+        pad_size=pad_size,
+        chunk_size=chunk_size,
+        is_same_source=True,
+        is_q_permutable=True,
+        is_k_permutable=True,
+        layout_key=None,
+        companions=companions,
+    )
+    return [first, *(_key_over(mask, first, None) for mask in masks[1:])]
 
 
 def magi_attn_varlen_dispatch(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, DistAttnRuntimeKey]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from magi_attention.common.enum import AttnRole
 from magi_attention.kernels.interface import KernelMask
 from magi_attention.plan import AttnPlan, RankPlan, ShardLayout, StagePlan, build_plan
+from magi_attention.plan.joint import joint_layout
 from magi_attention.plan.query_moves import RowBytes
 from magi_attention.runtime.key import DistAttnRuntimeKey
 
@@ -76,6 +77,11 @@ def open_session(key: DistAttnRuntimeKey, layout_session: Session | None) -> Ses
             q_layout, k_layout = layout_session.plan.q_layout, layout_session.plan.k_layout
         else:
             q_layout, k_layout = _borrowed_layouts(key, layout_session.plan.q_layout)
+    if key.companions:
+        masks, weights = zip(*key.companions, strict=True)
+        q_layout = joint_layout(
+            masks, weights, key.cp_size, key.config, pad_size=key.pad_size, min_chunks_per_rank=key.min_chunks_per_rank
+        )
     plan = build_plan(
         key.mask,
         key.cp_size,

@@ -1,0 +1,176 @@
+"""What the planner promises, measured: ``python benchmarks/plan.py``.
+
+Prints planning times, received rows and balance of the affinity dispatcher beside min-heap's, what moving queries saves, and the predicted
+efficiency for 8 to 1,024 ranks (also as a picture). ``--quick`` leaves the largest worlds out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from magi_attention.config import AffinityDispatchAlg, DispatchAlg, DispatchConfig, DistAttnConfig, MinHeapDispatchAlg
+from magi_attention.mask import AttnMask
+from magi_attention.plan import AttnPlan, build_plan
+from magi_attention.plan.query_moves import RowBytes
+from magi_attention.plan.report import Heads, report
+
+K, M = 1024, 1 << 20
+
+
+def document_lengths(total: int, mean: float = 15_000, seed: int = 0) -> list[int]:
+    """Log-normal lengths (sigma 1) that fill ``total`` tokens."""
+    rng = np.random.default_rng(seed)
+    lengths: list[int] = []
+    while sum(lengths) < total:
+        lengths.append(min(int(rng.lognormal(np.log(mean) - 0.5, 1.0)) + 1, total - sum(lengths)))
+    return lengths
+
+
+def documents(total: int) -> AttnMask:
+    """Packed causal documents."""
+    ends = np.cumsum(document_lengths(total))
+    starts = np.append(0, ends[:-1])
+    zero = np.zeros_like(starts)
+    return AttnMask(np.stack([starts, ends, starts, ends, starts - ends + 1, zero], axis=1), total, total)
+
+
+def block_documents(total: int, block: int = 2048) -> AttnMask:
+    """Packed documents, each causal by blocks of 2,048."""
+    q_ranges, k_ranges, start = [], [], 0
+    for length in document_lengths(total):
+        for at in range(0, length, block):
+            q_ranges.append((start + at, start + min(at + block, length)))
+            k_ranges.append((start, start + min(at + block, length)))
+        start += length
+    return AttnMask.from_slices(q_ranges, k_ranges, "full", total, total)
+
+
+def causal(total: int) -> AttnMask:
+    """One causal document."""
+    return AttnMask.from_slices([(0, total)], [(0, total)], "causal", total, total)
+
+
+def suffix_over_prefix(total: int, suffix: int = 1024) -> AttnMask:
+    """Only the last tokens ask, and they see all before them."""
+    return AttnMask.from_slices([(total - suffix, total)], [(0, total)], "causal", total, total)
+
+
+def timed_plan(
+    mask: AttnMask, num_ranks: int, chunk_size: int, alg: DispatchAlg, repeats: int
+) -> tuple[AttnPlan, float]:
+    """The plan, and the best of a few times (s) to make it and one rank's part of it."""
+    config = DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=chunk_size, alg=alg))
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        plan = build_plan(mask, num_ranks, config)
+        plan.rank(num_ranks // 2)
+        best = min(best, time.perf_counter() - start)
+    return plan, best
+
+
+def compare_dispatchers(quick: bool) -> None:
+    print(
+        "\nDispatch: rows received and area, chunks of 512 (ratios are to min-heap; time is all of planning, for one rank)"
+    )
+    print(
+        f"{'mask':<26}{'tokens':>10}{'ranks':>6} {'heap ms':>8} {'ours ms':>8} {'rows':>7} {'busiest':>8} {'imbalance':>10} {'heap':>6}"
+    )
+    cases: list[tuple[str, Callable[[int], AttnMask], int, int]] = [
+        ("causal", causal, 256 * K, 4),
+        ("documents", documents, M, 64),
+        ("documents, blocks of 2048", block_documents, M, 64),
+        ("causal", causal, M, 64),
+    ]
+    if not quick:
+        cases += [("documents", documents, 4 * M, 512), ("documents, blocks of 2048", block_documents, 4 * M, 512)]
+    for name, make, total, num_ranks in cases:
+        mask = make(total)
+        repeats = 5 if total <= M else 2
+        heap, heap_time = timed_plan(mask, num_ranks, 512, MinHeapDispatchAlg(), repeats)
+        ours, ours_time = timed_plan(mask, num_ranks, 512, AffinityDispatchAlg(), repeats)
+        assert len(set(ours.q_layout.num_rows.tolist())) == 1, "equal tokens on every rank"
+        rows = ours.received_rows.sum() / max(heap.received_rows.sum(), 1)
+        busiest = ours.received_rows.max() / max(heap.received_rows.max(), 1)
+        print(
+            f"{name:<26}{total:>10,}{num_ranks:>6} {heap_time * 1e3:>8.1f} {ours_time * 1e3:>8.1f} {rows:>7.3f} {busiest:>8.3f} "
+            f"{ours.imbalance:>10.3f} {heap.imbalance:>6.3f}"
+        )
+
+
+def move_queries(heads: Heads) -> None:
+    print("\nMoving queries: the last 1,024 of 1,048,576 tokens attend all before them, 64 ranks, chunks of 256")
+    mask = suffix_over_prefix(M)
+    row_bytes = RowBytes.of(heads.num_heads_q, heads.num_heads_kv, heads.head_dim, heads.itemsize)
+    config = DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=256))
+    keys, queries = (build_plan(mask, 64, config, moves_queries=moves) for moves in (None, row_bytes))
+    step_bytes = [
+        int(plan.received_rows.sum()) * row_bytes.key + int(plan.received_queries.sum()) * row_bytes.query
+        for plan in (keys, queries)
+    ]
+    for name, plan, moved in zip(("keys move", "queries may"), (keys, queries), step_bytes, strict=True):
+        print(
+            f"{name:<12} rows of keys {int(plan.received_rows.sum()):>12,}  of queries {int(plan.received_queries.sum()):>9,}  "
+            f"{moved / 2**20:>10,.1f} MiB a step, area imbalance {plan.imbalance:.3f}"
+        )
+    print(f"bytes received, queries moving over keys moving: {step_bytes[1] / step_bytes[0]:.4f}")
+
+
+def predict_efficiency(heads: Heads, quick: bool, picture: Path) -> None:
+    print(
+        "\nPredicted efficiency (ideal time / predicted step): 8,192 tokens a rank, packed documents, chunks of 1,024"
+    )
+    names = ["ours", "ring", "all-gather", "head-sharded (Ulysses)"]
+    print(f"{'ranks':>6} " + " ".join(f"{name:>23}" for name in names) + f" {'plan ms':>9}")
+    worlds = [8, 16, 32, 64, 128] + ([] if quick else [256, 512, 1024])
+    table = []
+    for num_ranks in worlds:
+        plan, seconds = timed_plan(documents(num_ranks * 8192), num_ranks, 1024, AffinityDispatchAlg(), 1)
+        result = report(plan, heads)
+        ideal = result.efficiency * result.step
+        row = [result.efficiency] + [0.0 if one.step is None else ideal / one.step for one in result.alternatives]
+        table.append(row)
+        print(f"{num_ranks:>6} " + " ".join(f"{share:>23.1%}" for share in row) + f" {seconds * 1e3:>9.0f}")
+    plot_efficiency(worlds, names, table, picture)
+
+
+def plot_efficiency(worlds: list[int], names: list[str], table: list[list[float]], picture: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    for at, name in enumerate(names):
+        axes.plot(worlds, [row[at] * 100 for row in table], marker="o", label=name, linewidth=2.5 if at == 0 else 1.2)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(worlds, [str(n) for n in worlds])
+    axes.set_ylim(0, 105)
+    axes.set_xlabel("ranks, 8,192 tokens each")
+    axes.set_ylabel("predicted efficiency, %")
+    axes.set_title("Packed documents, causal, forward + backward")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=130)
+    print(f"plot: {picture}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="leave the largest worlds out")
+    parser.add_argument("--plot", type=Path, default=Path("out/plan_efficiency.png"))
+    args = parser.parse_args()
+    heads = Heads()
+    compare_dispatchers(args.quick)
+    move_queries(heads)
+    predict_efficiency(heads, args.quick, args.plot)
+
+
+if __name__ == "__main__":
+    main()
