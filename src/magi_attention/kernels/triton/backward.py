@@ -13,15 +13,15 @@ from magi_attention.kernels.triton.steps import attended, load_rows, tanh
 
 @triton.jit
 def _score_gradients(b_s, b_dp, b_lse_log2, b_delta, m_cells, scale_log2, cap_log2, CAPPED: tl.constexpr, MASKED: tl.constexpr):
-    """Probabilities and gradients of raw scores, ``[q, k]`` both, from raw scores and gradients of probabilities."""
+    """Probabilities and gradients of raw scores from raw scores and gradients of probabilities; statistics are broadcast to their shape."""
     if CAPPED:
         b_t = tanh(b_s * scale_log2)
-        b_p = tl.exp2(b_t * cap_log2 - b_lse_log2[:, None])
+        b_p = tl.exp2(b_t * cap_log2 - b_lse_log2)
     else:
-        b_p = tl.exp2(b_s * scale_log2 - b_lse_log2[:, None])
+        b_p = tl.exp2(b_s * scale_log2 - b_lse_log2)
     if MASKED:
         b_p = tl.where(m_cells, b_p, 0.0)
-    b_ds = b_p * (b_dp - b_delta[:, None])
+    b_ds = b_p * (b_dp - b_delta)
     if CAPPED:
         b_ds = b_ds * (1.0 - b_t * b_t)
     return b_p, b_ds
@@ -44,13 +44,16 @@ def _keys_block(
     CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b_q = load_rows(p_q, o_q, s_qt, num_q, tl.arange(0, BLOCK_D), D, MASKED)  # [q, d]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [q, k]
+    # Transposed, [k, q], so that probabilities are the left side of their product as they come.
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
     b_do = load_rows(p_do, o_q, s_dot, num_q, tl.arange(0, BLOCK_DV), DV, MASKED)  # [q, dv]
-    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
     b_lse_log2, b_delta = _load_statistics(p_lse, p_delta, o_q, num_q, num_heads, head)
-    b_p, b_ds = _score_gradients(b_s, b_dp, b_lse_log2, b_delta, m_cells, scale_log2, cap_log2, CAPPED, MASKED)
-    b_dv = tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, b_dv, input_precision=PRECISION)
-    b_dk = tl.dot(tl.trans(b_ds.to(b_q.dtype)), b_q, b_dk, input_precision=PRECISION)
+    b_p, b_ds = _score_gradients(
+        b_s, b_dp, b_lse_log2[None, :], b_delta[None, :], m_cells, scale_log2, cap_log2, CAPPED, MASKED
+    )
+    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
 
@@ -85,7 +88,7 @@ def dkdv_kernel(
             p_edge = p_edges + at * 6
             for start in tl.range(tl.load(p_edge), tl.load(p_edge + 1), TILE_Q, num_stages=1):
                 o_q = start + tl.arange(0, TILE_Q)
-                m_cells = tl.trans(attended(o_k, o_q, p_edge))  # the list is of the transposed table
+                m_cells = attended(o_k, o_q, p_edge)  # the list is of the transposed table
                 b_dk, b_dv = _keys_block(
                     b_k, b_v, b_dk, b_dv, p_qh, p_doh, p_lse, p_delta, s_qt, s_dot, o_q, num_q,
                     num_heads, head, m_cells, scale_log2, cap_log2, D, DV, BLOCK_D, BLOCK_DV, CAPPED, True, PRECISION,
@@ -112,7 +115,9 @@ def _queries_block(
     b_v = load_rows(p_v, o_k, s_v, num_k, tl.arange(0, BLOCK_DV), DV, MASKED)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-    _, b_ds = _score_gradients(b_s, b_dp, b_lse_log2, b_delta, m_cells, scale_log2, cap_log2, CAPPED, MASKED)
+    _, b_ds = _score_gradients(
+        b_s, b_dp, b_lse_log2[:, None], b_delta[:, None], m_cells, scale_log2, cap_log2, CAPPED, MASKED
+    )
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
 
 

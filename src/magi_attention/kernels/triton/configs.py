@@ -53,8 +53,8 @@ def _family(arch: str) -> str:
 
 
 _HOPPER = {
-    64: KernelTiles(Tiles(128, 128, 4, 3), Tiles(64, 128, 4, 3), Tiles(128, 64, 4, 3)),
-    128: KernelTiles(Tiles(128, 128, 8, 2), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2)),
+    64: KernelTiles(Tiles(128, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2)),
+    128: KernelTiles(Tiles(128, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 32, 4, 3)),
     256: KernelTiles(Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 8, 1)),
 }
 _AMPERE = {

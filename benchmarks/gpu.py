@@ -1,0 +1,330 @@
+"""Attention on one GPU: right first, then how fast. ``python benchmarks/attention.py --device cuda`` calls `main`.
+
+Correctness: every mask family, dtype and awkward head dim against the float64 oracle, fresh random inputs, outputs poisoned, run twice.
+Speed: TFLOP/s forward and backward beside torch's fused attention (flash, cuDNN), compiled FlexAttention and, where importable, flash-attn, in
+one run with the machine's own GEMM and copy ceilings. FLOPs: ``4 * area * num_heads_q * head_dim`` forward, 2.5 times that backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from magi_attention.kernels.interface import AttnSettings, KernelMask
+from magi_attention.kernels.registry import load
+from magi_attention.mask import AttnMask
+from magi_attention.mask.bands import tighten
+from magi_attention.testing.kernel_check import KernelCase, check_kernel
+from magi_attention.testing.mask_families import MASK_FAMILIES
+from magi_attention.testing.poison import poisoned_memory
+
+NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM = 64, 8, 128
+# Documents of a sequence, as shares of its length.
+SHARES = (0.25, 0.03125, 0.1875, 0.0625, 0.125, 0.21875, 0.015625, 0.109375)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median milliseconds."""
+
+    forward: float
+    backward: float | None
+
+
+def document_ranges(total: int) -> list[tuple[int, int]]:
+    """Documents of the shares above."""
+    ends = np.cumsum([round(share * total) for share in SHARES])
+    ends[-1] = total
+    return list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
+
+
+def block_causal(total: int, block: int = 1024) -> AttnMask:
+    """Two packed documents, each causal by blocks."""
+    q_ranges, k_ranges = [], []
+    for start, end in ((0, total * 5 // 8), (total * 5 // 8, total)):
+        for at in range(start, end, block):
+            q_ranges.append((at, min(at + block, end)))
+            k_ranges.append((start, min(at + block, end)))
+    return AttnMask.from_slices(q_ranges, k_ranges, "full", total, total)
+
+
+def masks(total: int) -> dict[str, AttnMask]:
+    """The masks of the table."""
+    documents = document_ranges(total)
+    window = tighten(np.array([[0, total, 0, total, -1023, 0]], np.int64))[0]
+    return {
+        "full": AttnMask.from_slices([(0, total)], [(0, total)], "full"),
+        "causal": AttnMask.from_slices([(0, total)], [(0, total)], "causal"),
+        "varlen full": AttnMask.from_slices(documents, documents, "full"),
+        "varlen causal": AttnMask.from_slices(documents, documents, "causal"),
+        "window causal 1024": AttnMask(window, total, total),
+        "varlen block causal": block_causal(total),
+    }
+
+
+def check(backend_name: str) -> int:
+    """How many cases fail; each failure is printed."""
+    backend = load(backend_name)
+    low = (torch.bfloat16, torch.float16, torch.float32)
+    cases = [KernelCase(family, dtype) for family in MASK_FAMILIES for dtype in low]
+    dims = [(64, 64), (80, 80), (128, 128), (192, 128), (256, 256), (33, 65)]
+    cases += [KernelCase(dtype=dtype, head_dim=d, head_dim_v=dv) for d, dv in dims for dtype in low]
+    cases += [
+        KernelCase(family, dtype, 1009, 8, 2, head_dim=128)
+        for family in ("varlen_causal", "window", "random_b", "split_by_diagonal")
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    cases += [KernelCase(family, torch.bfloat16, softcap=30.0, head_dim=64) for family in ("causal", "random_a")]
+    failures = 0
+    for case in cases:
+        for _ in range(2):
+            try:
+                with poisoned_memory():
+                    check_kernel(backend, case, "cuda")
+            except Exception as error:  # noqa: BLE001 - a table of what fails is the point
+                failures += 1
+                print(f"FAILED {case}: {type(error).__name__}: {str(error)[:300]}")
+                break
+    print(f"correctness, {backend_name}: {len(cases) - failures} of {len(cases)} cases pass, each run twice")
+    return failures
+
+
+def timed(run: Callable[[], object], seconds: float = 0.25) -> float:
+    """Median milliseconds of a GPU function, by events."""
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    repeats = int(min(50, max(5, seconds / (time.perf_counter() - start))))
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for begin, end in marks:
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return float(np.median([begin.elapsed_time(end) for begin, end in marks]))
+
+
+def ceilings() -> tuple[float, float]:
+    """TFLOP/s of a large bf16 matrix product on random data, and TB/s of a copy (bytes read and written)."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    x = torch.randn(1 << 30, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * 8192**3 / timed(lambda: a @ b) / 1e9, 2 * x.nbytes / timed(lambda: y.copy_(x)) / 1e9
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """``[tokens, heads, head_dim]`` bf16."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+
+    @staticmethod
+    def random(total: int) -> Inputs:
+        def new(heads: int) -> Tensor:
+            return torch.randn(total, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+
+        return Inputs(new(NUM_HEADS_Q), new(NUM_HEADS_KV), new(NUM_HEADS_KV), new(NUM_HEADS_Q))
+
+
+def time_ours(backend_name: str, mask: AttnMask, x: Inputs) -> Timing:
+    """Kernels alone: work lists are built by the warm-up and kept, as the runtime keeps them."""
+    backend, settings = load(backend_name), AttnSettings(softmax_scale=HEAD_DIM**-0.5)
+    kernel_mask = KernelMask(mask.bands, mask.num_q, mask.num_k)
+    out, lse, _ = backend.forward(x.q, x.k, x.v, kernel_mask, settings, out_dtype=x.q.dtype)
+    delta = (out.float() * x.dout.float()).sum(dim=-1)
+    forward = timed(lambda: backend.forward(x.q, x.k, x.v, kernel_mask, settings, out_dtype=x.q.dtype))
+    backward = timed(
+        lambda: backend.backward(
+            x.dout, x.q, x.k, x.v, lse, delta, kernel_mask, settings, grad_dtype=x.q.dtype
+        )
+    )
+    return Timing(forward, backward)
+
+
+def _batched(x: Inputs) -> tuple[Tensor, ...]:
+    """``[1, heads, tokens, head_dim]``, keys and values repeated where torch wants equal heads."""
+    return tuple(t.transpose(0, 1).unsqueeze(0).contiguous() for t in (x.q, x.k, x.v, x.dout))
+
+
+def _time_autograd(run: Callable[..., Tensor], tensors: tuple[Tensor, ...], dout: Tensor) -> Timing:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    forward = timed(lambda: run(*(t.detach() for t in tensors)))
+    out = run(*leaves)
+    backward = timed(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+    return Timing(forward, backward)
+
+
+def time_sdpa(kind: str, is_causal: bool, x: Inputs) -> Timing:
+    """torch's fused attention by one of its backends; keys are repeated where it does not take grouped heads."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v, dout = _batched(x)
+    chosen = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[kind]
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(chosen):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+
+    return _time_autograd(run, (q, k, v), dout)
+
+
+def time_flex(mask: AttnMask, name: str, x: Inputs) -> Timing:
+    """Compiled FlexAttention with a block mask of the same cells."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    total = mask.num_q
+    document = torch.zeros(total, dtype=torch.int32, device="cuda")
+    for number, (start, end) in enumerate(document_ranges(total)):
+        document[start:end] = number
+    half = torch.arange(total, device="cuda") >= total * 5 // 8
+    rules: dict[str, Callable[..., Tensor]] = {
+        "full": lambda b, h, i, j: i >= 0,
+        "causal": lambda b, h, i, j: i >= j,
+        "varlen full": lambda b, h, i, j: document[i] == document[j],
+        "varlen causal": lambda b, h, i, j: (document[i] == document[j]) & (i >= j),
+        "window causal 1024": lambda b, h, i, j: (i >= j) & (i - j < 1024),
+        "varlen block causal": lambda b, h, i, j: (half[i] == half[j]) & (i // 1024 >= j // 1024),
+    }
+    block_mask = torch.compile(create_block_mask)(rules[name], None, None, total, total, device="cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+    q, k, v, dout = _batched(x)
+    return _time_autograd(lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=True), (q, k, v), dout)
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, object]]:
+    """One row a (length, mask, method)."""
+    rows: list[dict[str, object]] = []
+    for total in args.lengths:
+        x = Inputs.random(total)
+        for name, mask in masks(total).items():
+            if args.masks and name not in args.masks:
+                continue
+            methods: dict[str, Callable[[], Timing]] = {
+                one: (lambda one=one: time_ours(one, mask, x)) for one in args.backends
+            }
+            if not args.ours_only:
+                if name in ("full", "causal"):
+                    for kind in ("flash", "cudnn"):
+                        methods[f"sdpa {kind}"] = lambda kind=kind: time_sdpa(kind, name == "causal", x)
+                if total in args.flex_lengths:  # each takes a minute to compile
+                    methods["flex"] = lambda: time_flex(mask, name, x)
+            for method, run in methods.items():
+                rows.append(_row(total, name, method, mask, run))
+    return rows
+
+
+def _row(total: int, name: str, method: str, mask: AttnMask, run: Callable[[], Timing]) -> dict[str, object]:
+    flops = 4 * mask.area * NUM_HEADS_Q * HEAD_DIM
+    row: dict[str, object] = {"tokens": total, "mask": name, "method": method}
+    try:
+        timing = run()
+    except Exception as error:  # noqa: BLE001 - a method that cannot run is a row that says so
+        row["error"] = f"{type(error).__name__}: {str(error)[:120]}"
+        print(f"{total:>6} {name:<20} {method:<11} {row['error']}", flush=True)
+        return row
+    row |= {"forward_tflops": flops / timing.forward / 1e9, "forward_ms": timing.forward}
+    if timing.backward:
+        row |= {"backward_tflops": 2.5 * flops / timing.backward / 1e9, "backward_ms": timing.backward}
+    backward = f"{row['backward_tflops']:>8.1f}" if timing.backward else f"{'-':>8}"
+    print(f"{total:>6} {name:<20} {method:<11} fwd {row['forward_tflops']:>7.1f}  bwd {backward}", flush=True)
+    return row
+
+
+def sweep_tiles(total: int, budget: float = 180.0) -> None:
+    """TFLOP/s of other tile configurations, causal and full: what the table in configs.py was chosen from."""
+    from magi_attention.kernels.triton import configs
+
+    x, chosen = Inputs.random(total), configs._HOPPER[HEAD_DIM]
+    started = time.perf_counter()
+    options = {
+        "forward": itertools.product((128, 64), (64, 128), (4, 8), (2, 3)),
+        "dkdv": itertools.product((32, 64, 128), (64, 128), (4, 8), (1, 2, 3)),
+        "dq": itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)),
+    }
+    causal = masks(total)["causal"]
+    settings = AttnSettings(softmax_scale=HEAD_DIM**-0.5)
+    backend, kernel_mask = load("triton"), KernelMask(causal.bands, total, total)
+    out, lse, _ = backend.forward(x.q, x.k, x.v, kernel_mask, settings, out_dtype=x.q.dtype)
+    delta = (out.float() * x.dout.float()).sum(dim=-1)
+    flops = 4 * causal.area * NUM_HEADS_Q * HEAD_DIM
+    for kernel, grid in options.items():
+        found = []
+        for q, k, warps, stages in grid:
+            if time.perf_counter() - started > budget:
+                break
+            tiles = configs.Tiles(q, k, warps, stages)
+            configs._HOPPER[HEAD_DIM] = configs.KernelTiles(
+                **{name: tiles if name == kernel else getattr(chosen, name) for name in ("forward", "dkdv", "dq")}
+            )
+            try:
+                if kernel == "forward":
+                    ms = timed(
+                        lambda: backend.forward(x.q, x.k, x.v, kernel_mask, settings, out_dtype=x.q.dtype), 0.05
+                    )
+                else:
+                    ms = timed(
+                        lambda: backend.backward(
+                            x.dout, x.q, x.k, x.v, lse, delta, kernel_mask, settings, grad_dtype=x.q.dtype
+                        ),
+                        0.05,
+                    )
+            except Exception as error:  # noqa: BLE001 - a configuration that does not fit is skipped
+                print(f"  {kernel} {tiles}: {type(error).__name__}")
+                continue
+            found.append((ms, tiles))
+        configs._HOPPER[HEAD_DIM] = chosen
+        for ms, tiles in sorted(found, key=lambda one: one[0])[:6]:
+            rate = (1 if kernel == "forward" else 2.5) * flops / ms / 1e9
+            print(f"  {kernel:<8} {tiles.q}x{tiles.k} warps {tiles.warps} stages {tiles.stages}: {ms:.3f} ms, {rate:.1f}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `main` reads."""
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
+    parser.add_argument("--backends", nargs="+", default=["triton"])
+    parser.add_argument("--ours-only", action="store_true", help="leave the other libraries out")
+    parser.add_argument("--flex-lengths", type=int, nargs="*", default=[16384], help="where to run FlexAttention")
+    parser.add_argument("--skip-check", action="store_true")
+    parser.add_argument("--sweep", action="store_true", help="also try other tile configurations")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check, measure, print; returns the number of wrong cases."""
+    gemm, copy = ceilings()
+    name = torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}: bf16 GEMM {gemm:.0f} TFLOP/s, copy {copy:.2f} TB/s", flush=True)
+    failures = 0 if args.skip_check else sum(check(one) for one in args.backends)
+    if args.sweep:
+        sweep_tiles(args.lengths[0])
+    rows = measure(args)
+    if args.csv is not None:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        fields = ["tokens", "mask", "method", "forward_tflops", "forward_ms", "backward_tflops", "backward_ms", "error"]
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fields)
+            writer.writeheader()
+            writer.writerows(rows)
+    return failures
+
+
+if __name__ == "__main__":
+    own = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(own)
+    own.add_argument("--masks", nargs="+")
+    own.add_argument("--csv", type=Path)
+    raise SystemExit(min(main(own.parse_args()), 100))
