@@ -1,5 +1,45 @@
-"""What is attended: the band table and the mask value."""
+"""What is attended: the band table, the mask value, and how masks are built, combined and converted."""
 
 from magi_attention.mask.attn_mask import AttnMask
+from magi_attention.mask.builders import (
+    block_causal,
+    causal,
+    chunked_causal,
+    cross_attention,
+    dilated_blocks,
+    full,
+    multimodal,
+    prefix_lm,
+    shared_prefix,
+    sliding_window,
+    strided_blocks,
+    varlen,
+    varlen_block_causal,
+    varlen_prefix_lm,
+)
+from magi_attention.mask.combine import attends_same, concat, intersection, restrict, shift, transpose, union
 
-__all__ = ["AttnMask"]
+__all__ = [
+    "AttnMask",
+    "attends_same",
+    "block_causal",
+    "causal",
+    "chunked_causal",
+    "concat",
+    "cross_attention",
+    "dilated_blocks",
+    "full",
+    "intersection",
+    "multimodal",
+    "prefix_lm",
+    "restrict",
+    "shared_prefix",
+    "shift",
+    "sliding_window",
+    "strided_blocks",
+    "transpose",
+    "union",
+    "varlen",
+    "varlen_block_causal",
+    "varlen_prefix_lm",
+]

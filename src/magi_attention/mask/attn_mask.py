@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.mask import bands as band_table
+from magi_attention.mask import builders, combine
 from magi_attention.mask.bands import Ints
 
 _SHADES = " ░▒▓█"
@@ -69,6 +70,29 @@ class AttnMask:
         _check_ranges(q_pairs, num_q, "q_range")
         _check_ranges(k_pairs, num_k, "k_range")
         return cls(band_table.bands_from_slices(q_pairs, k_pairs, types), num_q, num_k)
+
+    full = staticmethod(builders.full)
+    causal = staticmethod(builders.causal)
+    varlen = staticmethod(builders.varlen)
+    sliding_window = staticmethod(builders.sliding_window)
+    block_causal = staticmethod(builders.block_causal)
+    varlen_block_causal = staticmethod(builders.varlen_block_causal)
+    chunked_causal = staticmethod(builders.chunked_causal)
+    dilated_blocks = staticmethod(builders.dilated_blocks)
+    strided_blocks = staticmethod(builders.strided_blocks)
+    prefix_lm = staticmethod(builders.prefix_lm)
+    varlen_prefix_lm = staticmethod(builders.varlen_prefix_lm)
+    shared_prefix = staticmethod(builders.shared_prefix)
+    multimodal = staticmethod(builders.multimodal)
+    cross_attention = staticmethod(builders.cross_attention)
+
+    union = combine.union
+    intersection = combine.intersection
+    attends_same = combine.attends_same
+    restrict = combine.restrict
+    shift = combine.shift
+    concat = combine.concat
+    transpose = combine.transpose
 
     @property
     def area(self) -> int:

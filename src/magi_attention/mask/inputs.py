@@ -1,0 +1,77 @@
+"""What users give as sequences of ints (lists, arrays, tensors of any device), checked and as int64 arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from magi_attention.mask.bands import Ints
+
+
+def as_array(values: Any, name: str) -> np.ndarray[Any, Any]:
+    """A list, array or tensor (of any device) as an array.
+
+    Raises:
+        ValueError: rows of different lengths.
+    """
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} must be rectangular: every row as long as the others ({error})") from error
+
+
+def as_ints(values: Any, name: str) -> Ints:
+    """``[n]`` int64.
+
+    Raises:
+        ValueError: not one axis of whole numbers.
+    """
+    array = as_array(values, name)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"{name} must be one axis of ints, got shape {list(array.shape)} of {array.dtype}")
+    return array.astype(np.int64)
+
+
+def as_cu_seqlens(values: Any, name: str) -> Ints:
+    """``[num_documents + 1]`` int64: where packed documents begin, and the end.
+
+    Raises:
+        ValueError: does not begin at 0, or descends.
+    """
+    edges = as_ints(values, name)
+    if not len(edges) or edges[0] != 0 or (np.diff(edges) < 0).any():
+        raise ValueError(
+            f"{name} must begin at 0 and never descend, one entry more than there are documents, got {edges.tolist()[:12]}"
+        )
+    return edges
+
+
+def as_lengths(values: Any, name: str) -> Ints:
+    """``[n]`` int64, none negative.
+
+    Raises:
+        ValueError: one is.
+    """
+    lengths = as_ints(values, name)
+    if (lengths < 0).any():
+        raise ValueError(f"{name} must not be negative, got {int(lengths.min())}")
+    return lengths
+
+
+def check_length(value: int, name: str, least: int = 0) -> int:
+    """A number of tokens or blocks.
+
+    Raises:
+        ValueError: below ``least``.
+    """
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an int of {least} or more, got {value!r}")
+    return int(value)
+
+
+def ranges_of(edges: Ints) -> Ints:
+    """``[n, 2]`` ranges between the ``n + 1`` edges."""
+    return np.stack([edges[:-1], edges[1:]], axis=1)
