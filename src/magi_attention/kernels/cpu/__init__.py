@@ -1,8 +1,8 @@
 """The backend for CPUs: a C++ kernel, built by the system's compiler on first use.
 
-Memory beyond inputs and outputs: forward, float32 copies of k and v, and a few hundred KiB a thread; backward, float32 copies of k (twice), v, q
-(twice) and dout (twice), and of dq as many as partitions of the keys (at most 8, fewer with more kv heads). Same inputs give the same
-bits, whatever the number of threads, which follows `torch.set_num_threads`.
+Memory beyond inputs and outputs: forward, float32 copies of k and v, and a few hundred KiB a thread; backward, float32 copies
+of k (twice), v, q (twice) and dout (twice), and of dq as many as partitions of the keys (at most 8, fewer with more kv heads).
+Same inputs give the same bits, whatever the number of threads, which follows `torch.set_num_threads`.
 
 Where there is no compiler, or it fails, the tiled torch version serves and a warning says so, once.
 """
@@ -185,4 +185,6 @@ def backward(
 
 def _check(status: int) -> None:
     if status:
-        raise MemoryError("the CPU attention kernel could not allocate its working memory; see this module for how much that is")
+        raise MemoryError(
+            "the CPU attention kernel could not allocate its working memory; see this module for how much that is"
+        )

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -47,7 +48,7 @@ struct BackwardInput {
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 // Runs task(index, worker) for every index in [0, count), each once, in rising order of start. Which worker takes which is not determined;
-// tasks share no output, so results are.
+// tasks share no output, so results are. Tasks must not throw: on another thread nothing would catch it.
 template <class Task>
 static void parallel(int64_t count, int threads, Task&& task) {
   std::atomic<int64_t> next{0};
@@ -56,7 +57,12 @@ static void parallel(int64_t count, int threads, Task&& task) {
   };
   int64_t extra = std::min<int64_t>(threads, count) - 1;
   std::vector<std::thread> others;
-  for (int64_t w = 1; w <= extra; w++) others.emplace_back(work, (int)w);
+  others.reserve(std::max<int64_t>(extra, 0));
+  try {
+    for (int64_t w = 1; w <= extra; w++) others.emplace_back(work, (int)w);
+  } catch (const std::system_error&) {
+    // The system gives no more threads: those there are do the work.
+  }
   work(0);
   for (auto& t : others) t.join();
 }

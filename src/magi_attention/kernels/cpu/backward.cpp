@@ -202,9 +202,9 @@ void run(const Problem& p, const BackwardInput& in) {
   auto borders = partition(p, index, blocks, parts);
   Packed dq(tq, d, p.hk * parts * group);
   auto reach = reach_of(p, index, borders);
-  std::vector<std::unique_ptr<Scratch>> scratch(p.threads);
+  std::vector<std::unique_ptr<Scratch>> scratch(std::min<int64_t>(p.threads, p.hk * parts));
+  for (auto& s : scratch) s = std::make_unique<Scratch>(d, dv);
   parallel(p.hk * parts, p.threads, [&](int64_t unit, int worker) {
-    if (!scratch[worker]) scratch[worker] = std::make_unique<Scratch>(d, dv);
     int64_t kv = unit / parts, part = unit % parts;
     float* own_dq = dq.head(unit * group);
     for (int64_t g = 0; g < group && reach[part].first < reach[part].last; g++)

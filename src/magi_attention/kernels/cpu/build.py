@@ -1,7 +1,8 @@
 """Compile the CPU kernel on first use, once for all processes, and load it.
 
-The library is cached under the user's cache directory (``XDG_CACHE_HOME``, else ``~/.cache``), by what it depends on: sources, compiler, its flags,
-and the processor's instruction sets. It is written aside and renamed into place, under a lock: of many ranks that start at once, one compiles.
+The library is cached under the user's cache directory (``XDG_CACHE_HOME``, else ``~/.cache``), by what it depends on: sources,
+compiler, its flags, and the processor's instruction sets. It is written aside and renamed into place, under a lock: of many
+ranks that start at once, one compiles.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def load_library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(build_library()))
     except (BuildError, OSError) as error:
         warnings.warn(
-            f"the C++ attention kernel could not be built, so the slower torch version serves on CPUs: {error}. Install a C++17 "
-            f"compiler ({', '.join(COMPILERS)}) to have it",
+            f"the C++ attention kernel could not be built, so the slower torch version serves on CPUs: {error}. To have it, install a "
+            f"C++17 compiler ({', '.join(COMPILERS)}), and let XDG_CACHE_HOME be a folder that can be written",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -75,9 +76,12 @@ def find_compiler() -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
+    """Where compiled kernels are kept. BuildError: the user has no home directory, and ``XDG_CACHE_HOME`` is not set."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "magi_attention"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "magi_attention"
+    except RuntimeError as error:  # no $HOME, and a user that the system does not know
+        raise BuildError(f"there is no folder for caches: {error}") from error
 
 
 def _machine_flags() -> tuple[str, ...]:

@@ -90,18 +90,27 @@ struct Kernel {
   }
 };
 
+// The larger; NaN where one is.
+float larger(float a, float b) { return a > b || std::isnan(a) ? a : b; }
+
+// Of the rows' logits, times log2 e. A NaN among them is in its row's total.
+float top_of(const Tile& t, bool capped) {
+  float top = capped ? t.raw_top : -INFINITY;
+  for (int j = 0; j < TILE_Q; j++) top = larger(top, std::isnan(t.total[j]) ? t.total[j] : capped ? -INFINITY : t.top[j]);
+  return top;
+}
+
 template <class T>
 void finish(const Problem& p, const ForwardOutput& o, const Tile& t, int64_t q0, int64_t q1, int64_t h, int64_t columns) {
   for (int64_t r = q0; r < q1; r++) {
     int64_t j = r - q0, at = r * p.hq + h;
     const float* src = t.out + j * columns;
-    bool any = t.total[j] > 0;
+    bool any = t.total[j] != 0;
     float lse = any ? (t.top[j] + std::log2(t.total[j])) * LN2 : -INFINITY, weight = any ? 1.f / t.total[j] : 0.f;
     if (o.merge) {
       float *dst = o.out_wide + at * p.dv, before = o.lse[at];
       if (!any) continue;
-      float big = std::max(before, lse), small = std::min(before, lse);
-      float merged = big + std::log1p(std::exp(small - big));
+      float merged = std::max(before, lse) + std::log1p(std::exp(-std::abs(before - lse)));
       float keep = std::exp(before - merged);
       weight *= std::exp(lse - merged);
       for (int64_t c = 0; c < p.dv; c++) dst[c] = dst[c] * keep + src[c] * weight;
@@ -138,9 +147,9 @@ void run(const Problem& p, const ForwardOutput& o) {
   std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return work[x] > work[y]; });
 
   std::vector<float> tops(o.max_logits ? count : 0, -INFINITY);
-  std::vector<std::unique_ptr<Tile>> scratch(p.threads);
+  std::vector<std::unique_ptr<Tile>> scratch(std::min<int64_t>(p.threads, count));
+  for (auto& t : scratch) t = std::make_unique<Tile>(p.d, columns);
   parallel(count, p.threads, [&](int64_t task, int worker) {
-    if (!scratch[worker]) scratch[worker] = std::make_unique<Tile>(p.d, columns);
     Tile& t = *scratch[worker];
     int64_t tile = order[task / p.hq], h = task % p.hq, q0 = tile * TILE_Q, q1 = std::min(q0 + TILE_Q, p.num_q);
     for (int64_t r = q0; r < q1; r++) {
@@ -154,11 +163,11 @@ void run(const Problem& p, const ForwardOutput& o) {
     for (int64_t x = index.first[tile]; x < index.first[tile + 1]; x++)
       kernel.attend(t, p.bands[index.list[x]], q0, q1, h / (p.hq / p.hk));
     finish<T>(p, o, t, q0, q1, h, columns);
-    if (o.max_logits) tops[task] = (p.softcap > 0 ? t.raw_top : *std::max_element(t.top, t.top + TILE_Q)) * LN2;
+    if (o.max_logits) tops[task] = top_of(t, p.softcap > 0) * LN2;
   });
   if (o.max_logits) {
     if (!o.merge) std::fill(o.max_logits, o.max_logits + p.hq, -INFINITY);
-    for (int64_t task = 0; task < count; task++) o.max_logits[task % p.hq] = std::max(o.max_logits[task % p.hq], tops[task]);
+    for (int64_t task = 0; task < count; task++) o.max_logits[task % p.hq] = larger(o.max_logits[task % p.hq], tops[task]);
   }
 }
 

@@ -21,6 +21,7 @@ typedef int32_t vi __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 static inline vf load(const float* p) { return *(const vf*)p; }
 static inline void store(float* p, vf x) { *(vf*)p = x; }
 static inline vf splat(float x) { return x - vf{}; }  // x - 0 is x, also for -0: no addition is left
+// Where one is NaN, both give b.
 static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 static inline vf vmin(vf a, vf b) { return a < b ? a : b; }
 
@@ -48,13 +49,13 @@ static inline float largest(vf x) {
   return r;
 }
 
-// 2^x, 0 below the normal numbers. Polynomial of degree 6 on [-1/2, 1/2] (Cephes exp2f coefficients), exponent by bits.
+// 2^x, 0 below the normal numbers, NaN of NaN. Polynomial of degree 6 on [-1/2, 1/2] (Cephes exp2f coefficients), exponent by bits.
 static inline vf exp2v(vf x) {
-  vf clamped = vmin(vmax(x, splat(-126.f)), splat(127.f));
+  vf clamped = vmin(splat(127.f), vmax(splat(-126.f), x));
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   vf shifted = clamped + magic;
   vf f = clamped - (shifted - magic);
-  vi n = (vi)shifted - 0x4B400000;
+  vi biased = (vi)shifted - (0x4B400000 - 127);
   vf p = splat(1.535336188319500e-4f);
   p = p * f + 1.339887440266574e-3f;
   p = p * f + 9.618437357674640e-3f;
@@ -62,12 +63,12 @@ static inline vf exp2v(vf x) {
   p = p * f + 2.402264791363012e-1f;
   p = p * f + 6.931472028550421e-1f;
   p = p * f + 1.f;
-  vf scaled = (vf)((vi)p + (n << 23));
+  vf scaled = p * (vf)(biased << 23);  // a product, for NaN to stay NaN
   return x < splat(-126.f) ? vf{} : scaled;
 }
 
 static inline vf tanhv(vf x) {
-  vf y = vmin(vmax(x, splat(-10.f)), splat(10.f));
+  vf y = vmin(splat(10.f), vmax(splat(-10.f), x));
   vf e = exp2v(y * 2.8853900817779268f);  // e^(2y)
   vf exact = (e - 1.f) / (e + 1.f);
   // Near 0 the quotient loses digits; there the series has them.
