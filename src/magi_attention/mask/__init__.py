@@ -18,6 +18,7 @@ from magi_attention.mask.builders import (
     varlen_prefix_lm,
 )
 from magi_attention.mask.combine import attends_same, concat, intersection, restrict, shift, transpose, union
+from magi_attention.mask.simplify import simplify
 
 __all__ = [
     "AttnMask",
@@ -35,6 +36,7 @@ __all__ = [
     "restrict",
     "shared_prefix",
     "shift",
+    "simplify",
     "sliding_window",
     "strided_blocks",
     "transpose",

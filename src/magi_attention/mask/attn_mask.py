@@ -14,6 +14,7 @@ from magi_attention.common.enum import AttnMaskType
 from magi_attention.mask import bands as band_table
 from magi_attention.mask import builders, combine
 from magi_attention.mask.bands import Ints
+from magi_attention.mask.simplify import simplify as _simplify
 
 _SHADES = " ░▒▓█"
 
@@ -93,6 +94,7 @@ class AttnMask:
     shift = combine.shift
     concat = combine.concat
     transpose = combine.transpose
+    simplify = _simplify
 
     @property
     def area(self) -> int:
