@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.mask import bands as band_table
-from magi_attention.mask import builders, combine
+from magi_attention.mask import builders, cells, columns, combine, documents, serial
 from magi_attention.mask.bands import Ints
 from magi_attention.mask.simplify import simplify as _simplify
 
@@ -86,6 +86,15 @@ class AttnMask:
     shared_prefix = staticmethod(builders.shared_prefix)
     multimodal = staticmethod(builders.multimodal)
     cross_attention = staticmethod(builders.cross_attention)
+
+    from_document_ids = staticmethod(documents.from_document_ids)
+    from_position_ids = staticmethod(documents.from_position_ids)
+    from_attention_mask = staticmethod(documents.from_attention_mask)
+    from_dense = staticmethod(cells.from_dense)
+    from_startend_row_indices = staticmethod(columns.from_startend_row_indices)
+    from_json = staticmethod(serial.from_json)
+    to_cu_seqlens = documents.to_cu_seqlens
+    to_json = serial.to_json
 
     union = combine.union
     intersection = combine.intersection
