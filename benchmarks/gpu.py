@@ -1,7 +1,8 @@
 """Attention on one GPU: right first, then how fast. ``python benchmarks/attention.py --device cuda`` calls `main`.
 
 Correctness: every mask family, dtype and awkward head dim against the float64 oracle, fresh random inputs, outputs poisoned, run twice.
-Speed: TFLOP/s forward and backward beside torch's fused attention (flash, cuDNN), compiled FlexAttention and, where importable, flash-attn, in
+Speed: TFLOP/s forward and backward beside torch's fused attention (flash, cuDNN), compiled FlexAttention and, where
+importable, flash-attn, in
 one run with the machine's own GEMM and copy ceilings. FLOPs: ``4 * area * num_heads_q * head_dim`` forward, 2.5 times that backward.
 """
 
@@ -13,6 +14,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +93,7 @@ def check(backend_name: str) -> int:
             try:
                 with poisoned_memory():
                     check_kernel(backend, case, "cuda")
-            except Exception as error:  # noqa: BLE001 - a table of what fails is the point
+            except Exception as error:  # a table of what fails is the point
                 failures += 1
                 print(f"FAILED {case}: {type(error).__name__}: {str(error)[:300]}")
                 break
@@ -149,9 +151,7 @@ def time_ours(backend_name: str, mask: AttnMask, x: Inputs) -> Timing:
     delta = (out.float() * x.dout.float()).sum(dim=-1)
     forward = timed(lambda: backend.forward(x.q, x.k, x.v, kernel_mask, settings, out_dtype=x.q.dtype))
     backward = timed(
-        lambda: backend.backward(
-            x.dout, x.q, x.k, x.v, lse, delta, kernel_mask, settings, grad_dtype=x.q.dtype
-        )
+        lambda: backend.backward(x.dout, x.q, x.k, x.v, lse, delta, kernel_mask, settings, grad_dtype=x.q.dtype)
     )
     return Timing(forward, backward)
 
@@ -201,6 +201,7 @@ def time_flex(mask: AttnMask, name: str, x: Inputs) -> Timing:
         "varlen block causal": lambda b, h, i, j: (half[i] == half[j]) & (i // 1024 >= j // 1024),
     }
     block_mask = torch.compile(create_block_mask)(rules[name], None, None, total, total, device="cuda")
+    torch._dynamo.reset()  # another mask is another kernel; recompilations of earlier ones would exhaust its limit
     compiled = torch.compile(flex_attention, dynamic=False)
     q, k, v, dout = _batched(x)
     return _time_autograd(lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=True), (q, k, v), dout)
@@ -214,15 +215,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
         for name, mask in masks(total).items():
             if args.masks and name not in args.masks:
                 continue
-            methods: dict[str, Callable[[], Timing]] = {
-                one: (lambda one=one: time_ours(one, mask, x)) for one in args.backends
-            }
+            methods: dict[str, Callable[[], Timing]] = {one: partial(time_ours, one, mask, x) for one in args.backends}
             if not args.ours_only:
                 if name in ("full", "causal"):
                     for kind in ("flash", "cudnn"):
-                        methods[f"sdpa {kind}"] = lambda kind=kind: time_sdpa(kind, name == "causal", x)
+                        methods[f"sdpa {kind}"] = partial(time_sdpa, kind, name == "causal", x)
                 if total in args.flex_lengths:  # each takes a minute to compile
-                    methods["flex"] = lambda: time_flex(mask, name, x)
+                    methods["flex"] = partial(time_flex, mask, name, x)
             for method, run in methods.items():
                 rows.append(_row(total, name, method, mask, run))
     return rows
@@ -233,7 +232,7 @@ def _row(total: int, name: str, method: str, mask: AttnMask, run: Callable[[], T
     row: dict[str, object] = {"tokens": total, "mask": name, "method": method}
     try:
         timing = run()
-    except Exception as error:  # noqa: BLE001 - a method that cannot run is a row that says so
+    except Exception as error:  # a method that cannot run is a row that says so
         row["error"] = f"{type(error).__name__}: {str(error)[:120]}"
         print(f"{total:>6} {name:<20} {method:<11} {row['error']}", flush=True)
         return row
@@ -273,9 +272,7 @@ def sweep_tiles(total: int, budget: float = 180.0) -> None:
             )
             try:
                 if kernel == "forward":
-                    ms = timed(
-                        lambda: backend.forward(x.q, x.k, x.v, kernel_mask, settings, out_dtype=x.q.dtype), 0.05
-                    )
+                    ms = timed(lambda: backend.forward(x.q, x.k, x.v, kernel_mask, settings, out_dtype=x.q.dtype), 0.05)
                 else:
                     ms = timed(
                         lambda: backend.backward(
@@ -283,14 +280,53 @@ def sweep_tiles(total: int, budget: float = 180.0) -> None:
                         ),
                         0.05,
                     )
-            except Exception as error:  # noqa: BLE001 - a configuration that does not fit is skipped
+            except Exception as error:  # a configuration that does not fit is skipped
                 print(f"  {kernel} {tiles}: {type(error).__name__}")
                 continue
             found.append((ms, tiles))
         configs._HOPPER[HEAD_DIM] = chosen
         for ms, tiles in sorted(found, key=lambda one: one[0])[:6]:
             rate = (1 if kernel == "forward" else 2.5) * flops / ms / 1e9
-            print(f"  {kernel:<8} {tiles.q}x{tiles.k} warps {tiles.warps} stages {tiles.stages}: {ms:.3f} ms, {rate:.1f}")
+            print(
+                f"  {kernel:<8} {tiles.q}x{tiles.k} warps {tiles.warps} stages {tiles.stages}: {ms:.3f} ms, {rate:.1f}"
+            )
+
+
+def plot(rows: list[dict[str, object]], picture: Path) -> None:
+    """TFLOP/s by mask, one panel a length and pass."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lengths = sorted({int(str(row["tokens"])) for row in rows})
+    methods = list(dict.fromkeys(str(row["method"]) for row in rows))
+    figure, panels = plt.subplots(
+        2, len(lengths), figsize=(5 * len(lengths), 7), squeeze=False, constrained_layout=True
+    )
+    for (line, what), (column, total) in itertools.product(enumerate(("forward", "backward")), enumerate(lengths)):
+        of_panel = [row for row in rows if row["tokens"] == total]
+        names = list(dict.fromkeys(str(row["mask"]) for row in of_panel))
+        axes = panels[line][column]
+        for at, method in enumerate(methods):
+            rates = {
+                str(r["mask"]): float(str(r.get(f"{what}_tflops") or 0)) for r in of_panel if r["method"] == method
+            }
+            places = np.arange(len(names)) + (at - len(methods) / 2) * 0.8 / len(methods)
+            axes.bar(places, [rates.get(name, 0) for name in names], 0.8 / len(methods), label=method)
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+        axes.set_title(f"{what}, {total:,} tokens", fontsize=10)
+        axes.set_ylabel("TFLOP/s")
+        axes.grid(axis="y", alpha=0.3)
+    panels[0][0].legend(fontsize=8)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=120)
+
+
+def read_csv(path: Path) -> list[dict[str, object]]:
+    """The rows that `main` wrote."""
+    with path.open(newline="") as file:
+        return [{**row, "tokens": int(row["tokens"])} for row in csv.DictReader(file)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -319,6 +355,7 @@ def main(args: argparse.Namespace) -> int:
             writer = csv.DictWriter(file, fields)
             writer.writeheader()
             writer.writerows(rows)
+        plot(rows, args.csv.with_suffix(".png"))
     return failures
 
 

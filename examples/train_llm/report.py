@@ -17,7 +17,8 @@ WHY_LOSSES_DRIFT = f"""\
 Every rank adds up its own rows, so the sums of many ranks are taken in another order than those of one and round differently in
 their last digits. The optimiser feeds that back: Adam divides each gradient by its own size, so where a gradient is nearly zero
 its rounding decides where the weight goes, and each step starts from weights that differ a little more. So the first step is held
-to {FIRST_STEP:g}, later losses to {LATER_STEPS:g}. In float64, where roundings are half a billion times smaller, the same runs agree to 1e-9
+to {FIRST_STEP:g}, later losses to {LATER_STEPS:g}. In float64, where roundings are half a billion times smaller, the
+same runs agree to 1e-9
 on every step (tests/test_demo.py)."""
 
 # Colours 1 to 6 of a terminal, by rank.

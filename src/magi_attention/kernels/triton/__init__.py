@@ -1,7 +1,8 @@
 """The backend for GPUs, in Triton: any that Triton supports; in its interpreter, CPU tensors too.
 
 Forward and backward walk per-tile work lists of the band table, built once a mask and cached in it. Every output row has one owner: no
-atomics, the same bits for the same inputs. Products of float32 inputs are IEEE unless ``torch.backends.cuda.matmul.allow_tf32`` asks for TF32.
+atomics, the same bits for the same inputs. Products of float32 inputs are IEEE unless
+``torch.backends.cuda.matmul.allow_tf32`` asks for TF32.
 """
 
 from __future__ import annotations
@@ -134,10 +135,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend.backward`."""
     grad_dtype = grad_dtype or torch.float32
-    (num_q, hq, d), (num_k, hk, dv_columns) = q.shape, v.shape
+    (num_q, hq, _), (num_k, hk, dv_columns) = q.shape, v.shape
     if not len(mask.bands) or not q.numel() or not k.numel():
         dq = torch.zeros(q.shape, dtype=grad_dtype, device=q.device) if dq is None else dq
-        return dq, *(torch.zeros(x.shape, dtype=grad_dtype, device=x.device) for x in (k, v))
+        dk, dv = (torch.zeros(x.shape, dtype=grad_dtype, device=x.device) for x in (k, v))
+        return dq, dk, dv
     add = dq is not None
     if dq is None:
         dq = torch.empty(q.shape, dtype=grad_dtype, device=q.device)

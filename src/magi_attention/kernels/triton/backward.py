@@ -1,6 +1,7 @@
 """The backward in two kernels: dk and dv, one program a (tile of keys, kv head); dq, one a (tile of queries, head).
 
-Seven products where a fused kernel needs five; but every row has one owner, so there are no atomics, and the same inputs give the same bits.
+Seven products where a fused kernel needs five; but every row has one owner, so there are no atomics, and the same inputs
+give the same bits.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from magi_attention.kernels.triton.steps import attended, load_rows, tanh
 
 
 @triton.jit
-def _score_gradients(b_s, b_dp, b_lse_log2, b_delta, m_cells, scale_log2, cap_log2, CAPPED: tl.constexpr, MASKED: tl.constexpr):
+def _score_gradients(
+    b_s, b_dp, b_lse_log2, b_delta, m_cells, scale_log2, cap_log2, CAPPED: tl.constexpr, MASKED: tl.constexpr
+):
     """Probabilities and gradients of raw scores from raw scores and gradients of probabilities; statistics are broadcast to their shape."""
     if CAPPED:
         b_t = tanh(b_s * scale_log2)

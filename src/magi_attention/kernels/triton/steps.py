@@ -11,10 +11,10 @@ def load_rows(p_base, o_rows, stride, num_rows, o_columns, NUM_COLUMNS: tl.const
     """``[rows, columns]`` of a tensor whose last axis is contiguous; what lies outside is 0."""
     p = p_base + o_rows.to(tl.int64)[:, None] * stride + o_columns[None, :]
     if CHECK_ROWS:
-        if NUM_COLUMNS == o_columns.shape[0]:
+        if o_columns.shape[0] == NUM_COLUMNS:
             return tl.load(p, mask=(o_rows < num_rows)[:, None], other=0.0)
         return tl.load(p, mask=(o_rows < num_rows)[:, None] & (o_columns < NUM_COLUMNS)[None, :], other=0.0)
-    if NUM_COLUMNS == o_columns.shape[0]:
+    if o_columns.shape[0] == NUM_COLUMNS:
         return tl.load(p)
     return tl.load(p, mask=(o_columns < NUM_COLUMNS)[None, :], other=0.0)
 

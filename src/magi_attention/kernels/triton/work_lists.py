@@ -28,7 +28,8 @@ NUM_EDGE_COLUMNS = 6
 class WorkList:
     """Segments by tile.
 
-    ``order``: ``[num_tiles]`` int32 tiles, most work first. ``inner_rows``, ``edge_rows``: ``[num_tiles + 1]`` int32, where each tile's segments begin. ``inner``:
+    ``order``: ``[num_tiles]`` int32 tiles, most work first. ``inner_rows``, ``edge_rows``: ``[num_tiles + 1]`` int32,
+    where each tile's segments begin. ``inner``:
     ``[n, 2]`` int32 ``(begin, end)``, a multiple of the block long. ``edges``: ``[m, 6]`` int32 ``(begin, end, lo, hi, q_begin, q_end)``.
     """
 
