@@ -29,8 +29,9 @@ LAYERS: dict[str, set[str]] = {
     "dist_attn_runtime_mgr": {"runtime"},
     "utils": {"env"},
     # The command line stands on everything.
-    "__main__": {"common", "mask", "plan", "config", "runtime", "api", "testing"},
-    "cli": {"common", "mask", "plan", "config", "runtime", "api", "testing"},
+    "__main__": {"cli"},
+    "cli": {"common", "mask", "plan", "config", "runtime", "api", "testing", "viz"},
+    "viz": {"common", "mask", "plan", "config"},
     "__init__": set(),
 }
 

@@ -1,4 +1,4 @@
-"""Keys, and what is done with them: the calls of a training program.
+"""Keys: what is attended, over which ranks. What is done with them is in ``api.moving``, and can be imported from here too.
 
 key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, num_heads_q, num_heads_kv, head_dim, causal=True, cp_group_or_mesh=group)
 x = dispatch(x, key)                       global rows -> this rank's rows
@@ -18,19 +18,16 @@ from torch import Tensor
 
 from magi_attention import env
 from magi_attention.api.functools import infer_attn_mask_from_cu_seqlens
-from magi_attention.api.keys import make_key, pick_backend
+from magi_attention.api.keys import make_key
+from magi_attention.api.moving import calc_attn, dispatch, get_position_ids, roll, undispatch
 from magi_attention.common import AttnRanges
-from magi_attention.common.enum import AttnMaskType, AttnRole
-from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.common.enum import AttnMaskType
 from magi_attention.config import DistAttnConfig
-from magi_attention.kernels.interface import AttnSettings
 from magi_attention.mask import AttnMask
 from magi_attention.plan import AttnPlan
-from magi_attention.runtime import cache, checks
-from magi_attention.runtime.dist_attn import DistributedAttention, ExecutionOptions
-from magi_attention.runtime.group import group_device, nodes_of, resolve_group
+from magi_attention.runtime import cache
+from magi_attention.runtime.group import nodes_of, resolve_group
 from magi_attention.runtime.key import DistAttnRuntimeKey
-from magi_attention.runtime.shard import Dispatch, Roll, Undispatch
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -39,6 +36,25 @@ if TYPE_CHECKING:
     MaskTypes = str | AttnMaskType | Sequence[str | AttnMaskType]
     Lengths = Tensor | Sequence[int]
     Ranges = AttnRanges | Sequence[Any]
+
+
+__all__ = [
+    "calc_attn",
+    "clear_cache",
+    "dispatch",
+    "get_most_recent_key",
+    "get_position_ids",
+    "magi_attn_flex_dispatch",
+    "magi_attn_flex_key",
+    "magi_attn_joint_keys",
+    "magi_attn_varlen_dispatch",
+    "magi_attn_varlen_key",
+    "make_flex_key_for_new_mask_after_dispatch",
+    "make_varlen_key_for_new_mask_after_dispatch",
+    "plan_of",
+    "roll",
+    "undispatch",
+]
 
 
 def magi_attn_varlen_key(
@@ -287,152 +303,6 @@ def magi_attn_flex_dispatch(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tenso
 
 def _warn_deprecated(name: str, key_function: str) -> None:
     warnings.warn(f"{name} is deprecated: call {key_function}, then dispatch", DeprecationWarning, stacklevel=3)
-
-
-def dispatch(
-    x: Tensor, key: DistAttnRuntimeKey, pad_value: float = 0.0, *, attn_role: AttnRole = AttnRole.QUERY
-) -> Tensor:
-    """This rank's rows of a global tensor.
-
-    Args:
-        x: ``[total_seqlen, ...]``, the same on every rank.
-        key: made for these rows.
-        pad_value: what padding rows hold.
-        attn_role: QUERY, or KEY or VALUE for the k side, which differs under ``is_same_source=False``.
-
-    Returns:
-        ``[num_local_rows, ...]``: the rank's chunks in ascending order, padding included. Differentiable; the gradient of ``x`` is whole on
-        every rank.
-
-    Raises:
-        ValueError: another number of rows, or a key behind which no plan stands.
-    """
-    session, role = cache.get_session(key), checks.check_role(attn_role)
-    total = session.layout(role).total_seqlen
-    checks.check_rows(x, total, "x", "dispatch takes the whole, unpadded sequence")
-    local: Tensor = Dispatch.apply(x, session, role, pad_value)
-    return local
-
-
-def undispatch(
-    x: Tensor, key: DistAttnRuntimeKey, is_partial_grad: bool = False, *, attn_role: AttnRole = AttnRole.QUERY
-) -> Tensor:
-    """The global tensor, on every rank, of the ranks' rows.
-
-    Args:
-        x: ``[num_local_rows, ...]`` as `dispatch` gave them.
-        key: the key they were dispatched with.
-        is_partial_grad: False where every rank computes the same loss of the result: backward keeps this rank's rows of the
-            gradient. True where each rank's loss is its own share: the ranks' gradients are summed.
-        attn_role: see `dispatch`.
-
-    Returns:
-        ``[total_seqlen, ...]`` without padding. Differentiable.
-
-    Raises:
-        ValueError: another number of rows, or a key behind which no plan stands.
-    """
-    session, role = cache.get_session(key), checks.check_role(attn_role)
-    rows = int(session.layout(role).num_rows[session.key.cp_rank])
-    checks.check_rows(
-        x, rows, "x", f"undispatch takes the local rows of rank {session.key.cp_rank} as dispatch gave them"
-    )
-    result: Tensor = Undispatch.apply(x, session, role, is_partial_grad)
-    return result
-
-
-def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, *, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
-    """``torch.roll`` of the global tensor along its tokens, done on the dispatched rows by exchanging those that change rank.
-
-    Args:
-        x: local rows, with ``num_local_rows`` along ``dim``.
-        shift: by how many tokens; row ``i`` goes to ``(i + shift) % total_seqlen``. For next-token labels, -1.
-        dim: the axis of tokens.
-        key: the key they were dispatched with.
-        attn_role: see `dispatch`.
-
-    Returns:
-        As ``x``. Padding rows are left as they are. Differentiable.
-
-    Raises:
-        ValueError: another number of rows along ``dim``, or a key behind which no plan stands.
-    """
-    session, role = cache.get_session(key), checks.check_role(attn_role)
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim must be an axis of x, in [{-x.dim()}, {x.dim()}), got {dim}")
-    rows = int(session.layout(role).num_rows[session.key.cp_rank])
-    moved = x.movedim(dim, 0)
-    checks.check_rows(moved, rows, f"x, with its axis {dim} first,", "roll takes the local rows as dispatch gave them")
-    rolled: Tensor = Roll.apply(moved, session, role, int(shift))
-    return rolled.movedim(0, dim)
-
-
-def get_position_ids(key: DistAttnRuntimeKey, *, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
-    """``[num_local_rows]`` int64: the global index of every local row; padding rows get the last valid one.
-
-    On the current GPU for a group on NCCL, else on the CPU.
-
-    Raises:
-        ValueError: a key behind which no plan stands.
-    """
-    session, role = cache.get_session(key), checks.check_role(attn_role)
-    positions = session.positions(role, group_device(session.key.cp_group))
-    return positions.clamp(max=max(session.layout(role).total_seqlen - 1, 0))
-
-
-def calc_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key: DistAttnRuntimeKey,
-    sink: Tensor | None = None,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-    return_max_logits: bool = False,
-) -> tuple[Tensor, AttnForwardMeta]:
-    """Attention of this rank's queries to all keys that the mask gives them, wherever they are.
-
-    Args:
-        q: ``[num_local_rows_q, num_heads_q, head_dim]``.
-        k, v: ``[num_local_rows_k, num_heads_kv, head_dim]``; ``v`` may have a head_dim of its own.
-        key: the key these rows were dispatched with, or one made for a new mask after dispatch.
-        sink: ``[num_sink, num_heads_q]`` learnable logits, replicated, that join the softmax's denominator and nothing else. Its
-            gradient is this rank's share, unless MAGI_ATTENTION_DSINK_ALL_REDUCE_OP is ``sum`` or ``avg``.
-        softmax_scale: None is ``head_dim ** -0.5``.
-        softcap: logits become ``softcap * tanh(logit / softcap)``; 0 is none.
-        return_max_logits: also the largest scaled logit of each head, before softcap, over all ranks.
-
-    Returns:
-        ``out`` ``[num_local_rows_q, num_heads_q, head_dim of v]`` in q's dtype, and ``AttnForwardMeta(lse [num_local_rows_q,
-        num_heads_q], max_logits
-        [num_heads_q] or None)``. A query that attends nothing (padding too) has output 0, lse -inf (the sink's, with one) and zero
-        gradients. Differentiable in q, k, v and sink.
-
-    Raises:
-        ValueError: tensors that are not what the key was made for, or a key behind which no plan stands.
-        CommTimeoutError: a peer did not take part within the process group's timeout; it names who.
-    """
-    session = cache.get_session(key)
-    checks.check_qkv(q, k, v, session)
-    checks.check_sink(sink, q)
-    if softcap < 0:
-        raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
-    settings = AttnSettings(
-        softmax_scale=float(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale),
-        softcap=float(softcap),
-        deterministic=env.deterministic_mode(),
-        return_max_logits=return_max_logits,
-    )
-    q, k, v = (checks.as_last_contiguous(x) for x in (q, k, v))
-    options = ExecutionOptions(
-        backend=pick_backend(q, k, v, settings),
-        settings=settings,
-        high_precision_forward=env.forward_high_precision_reduce(),
-        high_precision_backward=env.backward_high_precision_reduce(),
-        dsink_reduce_op=env.dsink_all_reduce_op(),
-    )
-    out, lse, max_logits = DistributedAttention.apply(q, k, v, sink, session, options)
-    return out, AttnForwardMeta(lse=lse, max_logits=max_logits)
 
 
 def get_most_recent_key(cp_group: Group = None) -> DistAttnRuntimeKey:
