@@ -72,9 +72,10 @@ def dsink_all_reduce_op() -> str:
     return _choice("DSINK_ALL_REDUCE_OP", _DSINK_OPS)
 
 
-def qo_comm() -> bool:
-    """QO_COMM (0): plans may move queries and outputs instead of keys and values."""
-    return _flag("QO_COMM")
+def qo_comm() -> bool | None:
+    """QO_COMM: plans may move queries and outputs instead of keys and values: 1 wherever that makes fewer bytes, 0 never; left out (None), only
+    for masks of few queries over many keys, where it is plain."""
+    return _flag("QO_COMM") if _read("QO_COMM") else None
 
 
 def hierarchical_comm() -> bool:

@@ -9,7 +9,14 @@ from magi_attention.mask import AttnMask
 from magi_attention.plan.demand import DST, SRC, remote_transfers, split_by_owner
 from magi_attention.plan.layout import ShardLayout
 from magi_attention.plan.plan import AttnPlan, areas_of
-from magi_attention.plan.query_moves import RowBytes, choose_moves, cut_in_parts, guest_transfers, key_intervals
+from magi_attention.plan.query_moves import (
+    RowBytes,
+    choose_moves,
+    cut_in_parts,
+    guest_transfers,
+    key_intervals,
+    queries_are_few,
+)
 from magi_attention.plan.sharding import make_layouts
 from magi_attention.plan.stages import deal
 
@@ -27,6 +34,7 @@ def build_plan(
     q_layout: ShardLayout | None = None,
     k_layout: ShardLayout | None = None,
     moves_queries: RowBytes | None = None,
+    only_few_queries: bool = False,
     ranks_per_node: int | None = None,
 ) -> AttnPlan:
     """Plan a mask over ``num_ranks`` ranks. A pure function: same arguments, same plan, bit for bit, in every process.
@@ -40,6 +48,8 @@ def build_plan(
         min_chunks_per_rank: how many chunks a rank gets at least where the config names no chunk size.
         q_layout, k_layout: layouts already decided (a second mask over the same dispatch); left out, decided here.
         moves_queries: given, queries move instead of keys where that makes fewer of these bytes.
+        only_few_queries: consider that only for masks in which it is plain: sending all queries that attend anything to all ranks would
+            move fewer bytes than the keys do. This costs no planning time elsewhere.
         ranks_per_node: given, a key row that several ranks of a node need crosses to that node once (see ``plan.hierarchy``).
 
     Raises:
@@ -61,16 +71,16 @@ def build_plan(
         k_layout=k_layout,
     )
     moved, guests = None, np.empty((0, 6), np.int64)
-    transfers = None
-    if moves_queries is not None:
+    transfers = remote_transfers(mask.bands, q_layout, k_layout)
+    if moves_queries is not None and not (
+        only_few_queries and not queries_are_few(mask.bands, transfers, num_ranks, moves_queries)
+    ):
         parts = cut_in_parts(mask.bands, q_layout, k_layout)
         chosen = choose_moves(parts, q_layout, moves_queries)
         if chosen.any():
             moved, guests = chosen, guest_transfers(parts, chosen, q_layout)
             transfers = split_by_owner(key_intervals(parts, chosen), k_layout)
             transfers = transfers[transfers[:, DST] != transfers[:, SRC]]
-    if transfers is None:
-        transfers = remote_transfers(mask.bands, q_layout, k_layout)
     areas = areas_of(mask, q_layout)
     forward, backward = deal(transfers, mask.bands, q_layout, k_layout, areas, config.overlap_config, ranks_per_node)
     return AttnPlan(mask, q_layout, k_layout, forward, backward, guests, moved, ranks_per_node)

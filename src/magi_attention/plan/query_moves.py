@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.mask.bands import K0, K1, Q0, Q1, Ints, area, split_k, split_q
-from magi_attention.plan.demand import DST, SRC, split_by_owner, union_by_group
+from magi_attention.plan.demand import BEGIN, DST, END, SRC, split_by_owner, union_by_group
 from magi_attention.plan.layout import ShardLayout
 
 Flags = NDArray[np.bool_]
@@ -45,6 +45,14 @@ class RowBytes:
             key=3 * 2 * num_heads_kv * head_dim * itemsize,
             query=num_heads_q * (5 * head_dim * itemsize + 3 * 4),
         )
+
+
+def queries_are_few(bands: Ints, transfers: Ints, num_ranks: int, row_bytes: RowBytes) -> bool:
+    """Whether sending every query that attends anything to every other rank would move fewer bytes than ``transfers`` of keys do."""
+    asking = union_by_group(np.zeros(len(bands), np.int64), bands[:, Q0], bands[:, Q1])
+    num_asking = int((asking[:, 2] - asking[:, 1]).sum())
+    num_keys = int((transfers[:, END] - transfers[:, BEGIN]).sum())
+    return num_asking * (num_ranks - 1) * row_bytes.query < num_keys * row_bytes.key
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ class DistAttnRuntimeKey:
         is_same_source, is_q_permutable, is_k_permutable: see `magi_attn_flex_key`.
         layout_key: the key whose dispatch this one keeps (a second mask), or whose q layout a side that is not permutable takes.
         keeps_dispatch: with a layout_key, whether both sides are laid out as it lays them out.
-        moves_queries: whether queries may move instead of keys (MAGI_ATTENTION_QO_COMM).
+        moves_queries: whether queries may move instead of keys (MAGI_ATTENTION_QO_COMM); None: where it is plain.
         companions: masks and weights (this key's among them) that one dispatch serves; see `magi_attn_joint_keys`.
         ranks_per_node: given, keys cross between nodes once (MAGI_ATTENTION_HIERARCHICAL_COMM on a 2-D mesh).
     """
@@ -42,7 +42,7 @@ class DistAttnRuntimeKey:
     is_k_permutable: bool = True
     layout_key: DistAttnRuntimeKey | None = field(default=None, repr=False)
     keeps_dispatch: bool = False
-    moves_queries: bool = False
+    moves_queries: bool | None = False
     ranks_per_node: int | None = None
     companions: tuple[tuple[AttnMask, float], ...] = field(default=(), repr=False)
 

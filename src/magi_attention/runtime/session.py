@@ -93,7 +93,10 @@ def open_session(key: DistAttnRuntimeKey, layout_session: Session | None) -> Ses
         min_chunks_per_rank=key.min_chunks_per_rank,
         q_layout=q_layout,
         k_layout=k_layout,
-        moves_queries=RowBytes.of(key.num_heads_q, key.num_heads_kv, key.head_dim) if key.moves_queries else None,
+        moves_queries=None
+        if key.moves_queries is False
+        else RowBytes.of(key.num_heads_q, key.num_heads_kv, key.head_dim),
+        only_few_queries=key.moves_queries is None,
         ranks_per_node=key.ranks_per_node,
     )
     return Session(key, plan)
