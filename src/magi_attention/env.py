@@ -73,7 +73,7 @@ def dsink_all_reduce_op() -> str:
 
 
 def qo_comm() -> bool | None:
-    """QO_COMM (by the mask): plans may move queries and outputs instead of keys and values: 1 wherever that makes fewer bytes, 0 never; left
+    """QO_COMM (by the mask): plans may move queries and outputs instead of keys: 1 wherever that makes fewer bytes, 0 never; left
     out (None), only for masks of few queries over many keys, where it is plain."""
     return _flag("QO_COMM") if _read("QO_COMM") else None
 

@@ -30,7 +30,7 @@ from magi_attention.plan.demand import union_by_group
 Counts = NDArray[np.int32]
 
 # The best this many swaps, by their estimated gain, are worked out exactly before one is made.
-_NUM_EXACT = 6
+_NUM_EXACT = 4
 _MOST_RELIEFS = 128
 # Of the others' chunks, the ones whose coming and going alone costs least are looked at.
 _NUM_THEIRS = 1024
@@ -73,7 +73,7 @@ def affinity(demand: ChunkDemand, num_ranks: int, area_limit: int) -> Ints:
     received = [int(received_rows(demand, count_needs(demand, start, num_ranks), start).sum()) for start in starts]
     search = SwapSearch(demand, starts[int(np.argmin(received))], num_ranks)
     search.mend(area_limit, num_swaps=2 * num_ranks)
-    search.relieve(area_limit, num_swaps=min(num_ranks, _MOST_RELIEFS))
+    search.relieve(area_limit, num_swaps=min(num_ranks // 2, _MOST_RELIEFS))
     search.reduce(area_limit, num_rounds=1)
     return search.owner
 
