@@ -125,6 +125,32 @@ class AttnMask:
         """Slices of the four types: ``(q_ranges [m, 2], k_ranges [m, 2], types [m])`` int64, at most three a row."""
         return band_table.slices_from_bands(self.bands)
 
+    @staticmethod
+    def from_mask_mod(mask_mod: Any, num_q: int, num_k: int | None = None, **options: Any) -> AttnMask:
+        """The mask of a flex_attention ``mask_mod(b, h, q, k)``, exactly: see `mask.flex.from_mask_mod`."""
+        from magi_attention.mask import flex  # which imports torch
+
+        return flex.from_mask_mod(mask_mod, num_q, num_k, **options)
+
+    @staticmethod
+    def from_block_mask(block_mask: Any, **options: Any) -> AttnMask:
+        """The mask of a flex_attention ``BlockMask``, exactly: see `mask.flex.from_block_mask`."""
+        from magi_attention.mask import flex
+
+        return flex.from_block_mask(block_mask, **options)
+
+    def to_mask_mod(self, device: Any = "cpu") -> Any:
+        """A ``mask_mod(b, h, q, k)`` for flex_attention: see `mask.flex.to_mask_mod`."""
+        from magi_attention.mask import flex
+
+        return flex.to_mask_mod(self, device)
+
+    def to_block_mask(self, block_size: int | tuple[int, int] = 128, device: Any = "cpu") -> Any:
+        """A ``BlockMask`` for flex_attention: see `mask.flex.to_block_mask`."""
+        from magi_attention.mask import flex
+
+        return flex.to_block_mask(self, block_size, device)
+
     def to_dense(self) -> NDArray[np.bool_]:
         """``[num_q, num_k]`` bool. For tests and small masks: its size is the square of the length."""
         dense: NDArray[np.bool_] = band_table.to_dense(self.bands, self.num_q, self.num_k) > 0
