@@ -85,7 +85,7 @@ static inline __attribute__((always_inline)) void micro(int K, const float* __re
 #pragma GCC unroll 8
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; j++) acc[i][j] = ADD ? load(c + i * c_row + j * VL) : vf{};
+    for (int j = 0; j < NV; j++) acc[i][j] = vf{};
   for (int k = 0; k < K; k++) {
     vf row[NV];
 #pragma GCC unroll 8
@@ -102,7 +102,10 @@ static inline __attribute__((always_inline)) void micro(int K, const float* __re
 #pragma GCC unroll 8
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; j++) store(c + i * c_row + j * VL, acc[i][j]);
+    for (int j = 0; j < NV; j++) {
+      float* to = c + i * c_row + j * VL;
+      store(to, ADD ? load(to) + acc[i][j] : acc[i][j]);  // a short sum added to a long one: less rounding than one long chain
+    }
 }
 
 template <bool ADD, int M>
