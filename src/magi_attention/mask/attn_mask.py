@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.mask import bands as band_table
-from magi_attention.mask import builders, cells, columns, combine, documents, serial
+from magi_attention.mask import builders, cells, columns, combine, documents, draw, serial
 from magi_attention.mask.bands import Ints
 from magi_attention.mask.simplify import simplify as _simplify
 
@@ -104,6 +104,7 @@ class AttnMask:
     concat = combine.concat
     transpose = combine.transpose
     simplify = _simplify
+    plot = draw.plot
 
     @property
     def area(self) -> int:
