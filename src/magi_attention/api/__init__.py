@@ -47,6 +47,7 @@ from magi_attention.config import (
 )
 from magi_attention.functional.flex_flash_attn import flex_flash_attn_func
 from magi_attention.runtime.key import DistAttnRuntimeKey
+from magi_attention.runtime.measure import measure_cost_factors
 
 __all__ = [
     "AffinityDispatchAlg",
@@ -87,6 +88,7 @@ __all__ = [
     "magi_attn_varlen_key",
     "make_flex_key_for_new_mask_after_dispatch",
     "make_varlen_key_for_new_mask_after_dispatch",
+    "measure_cost_factors",
     "pad_at_dim",
     "plan_of",
     "roll",

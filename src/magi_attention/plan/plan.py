@@ -92,6 +92,7 @@ class AttnPlan:
 
     @property
     def num_ranks(self) -> int:
+        """Over how many ranks the mask is spread."""
         return self.q_layout.num_ranks
 
     @property

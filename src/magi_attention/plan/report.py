@@ -24,7 +24,14 @@ _MOST_RANKS_COUNTED = 64
 
 @dataclass(frozen=True)
 class Heads:
-    """What the plan is for: ``itemsize`` bytes an element (2: bfloat16)."""
+    """What the plan is for.
+
+    Attributes:
+        num_heads_q: heads of queries.
+        num_heads_kv: heads of keys and values.
+        head_dim: of all three.
+        itemsize: bytes of an element; 2 is bfloat16.
+    """
 
     num_heads_q: int = 32
     num_heads_kv: int = 8
