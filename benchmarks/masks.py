@@ -1,77 +1,131 @@
-"""The masks that the CPU benchmark measures, at any length, each also as the rule that FlexAttention wants.
+"""What masks promise, measured: pictures, conversion, and how few rows a matrix needs.
 
-Documents scale with the sequence, so the share of the square that is attended stays as it is, save for window and short documents.
+    python benchmarks/masks.py
+
+Prints the time (s) and memory of a picture of a million tokens on 16 ranks, in a process of its own; the time from a ``mask_mod`` of
+16,384 tokens to slices, checked against every cell; and the slices of 1,000 random matrices beside what merging equal runs of adjacent
+rows gives.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from magi_attention.mask import AttnMask, varlen
+from magi_attention.mask import AttnMask
+from magi_attention.mask.cells import equal_runs
 
-# Of a sequence of 4,096 tokens.
-DOCUMENTS = (1024, 128, 768, 256, 512, 896, 64, 448)
-# Documents of the block-causal mask, in sixteenths of the sequence.
-BLOCK_DOCUMENTS = (10, 6)
-BLOCK, WINDOW, SHORT = 256, 512, 32
-# Every length is a multiple of this, so that documents scale to whole tokens.
-UNIT = 64
-
-FlexRule = Callable[[Any, Any, Any, Any], Tensor]
+Rng = np.random.Generator
 
 
-@dataclass(frozen=True)
-class BenchmarkMask:
-    """``flex_rule``: FlexAttention's ``mask_mod(batch, head, query, key)`` of the same cells. ``is_causal``: plain causal or full, which
-    torch's fused attention knows; None where it needs a dense mask."""
-
-    mask: AttnMask
-    flex_rule: FlexRule
-    is_causal: bool | None = None
-
-
-def edges_of(lengths: tuple[int, ...], total: int) -> list[int]:
-    """Where documents begin, and the end, with ``lengths`` scaled to fill ``total`` tokens."""
-    return [0, *(np.cumsum(lengths) * total // sum(lengths)).tolist()]
-
-
-def document_numbers(edges: list[int]) -> Tensor:
-    """``[total]`` int32: the document of every token."""
-    return torch.repeat_interleave(torch.arange(len(edges) - 1, dtype=torch.int32), torch.tensor(edges).diff())
-
-
-def make_masks(total: int) -> dict[str, BenchmarkMask]:
-    """Masks by name, over ``total`` tokens. ValueError: ``total`` is not a positive multiple of 64."""
-    if total <= 0 or total % UNIT:
-        raise ValueError(
-            f"the number of tokens must be a positive multiple of {UNIT}, got {total}: give another --tokens"
+def picture() -> None:
+    print("magi-attention show --mask varlen-block-causal --tokens 1M --ranks 16 -o mask.png")
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "mask.png"
+        asked = ["show", "--mask", "varlen-block-causal", "--tokens", "1M", "--ranks", "16", "-o", str(output)]
+        start = time.perf_counter()
+        process = subprocess.Popen([sys.executable, "-m", "magi_attention", *asked], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        print(
+            f"  exit {process.returncode}, {seconds:.2f} s in all, {usage.ru_maxrss / 1024:.0f} MiB at most, "
+            f"{output.stat().st_size:,} bytes"
         )
-    edges = edges_of(DOCUMENTS, total)
-    block_edges = edges_of(BLOCK_DOCUMENTS, total)
-    # Below 4,096 tokens blocks and window shrink too, or nothing would be left of what they cut.
-    block, window = min(BLOCK, total // 16), min(WINDOW, total // 8)
-    short_edges = list(range(0, total + 1, SHORT))
-    return {
-        "full": BenchmarkMask(AttnMask.full(total), lambda b, h, i, j: i >= 0, is_causal=False),
-        "causal": BenchmarkMask(AttnMask.causal(total), lambda b, h, i, j: i >= j, is_causal=True),
-        "varlen": BenchmarkMask(varlen(edges, causal=True), _document_rule(edges, 1)),
-        "window": BenchmarkMask(
-            AttnMask.sliding_window(total, (window - 1, 0)), lambda b, h, i, j: (i >= j) & (i - j < window)
-        ),
-        "block-causal": BenchmarkMask(
-            AttnMask.varlen_block_causal(block_edges, block), _document_rule(block_edges, block)
-        ),
-        "short": BenchmarkMask(varlen(short_edges, causal=True), _document_rule(short_edges, 1)),
+
+
+def from_mask_mod(num_tokens: int = 16_384, window: int = 1024) -> None:
+    print(f"\nmask_mod of causal documents with a window of {window:,}, {num_tokens:,} tokens, to slices")
+    import torch  # late, because the memory of a process that is started counts for the one that it becomes
+
+    rng = np.random.default_rng(0)
+    edges = np.unique(np.concatenate([[0, num_tokens], rng.integers(0, num_tokens, 12)]))
+    documents = torch.from_numpy(np.repeat(np.arange(len(edges) - 1), np.diff(edges)))
+
+    def mod(b: object, h: object, q: Any, k: Any) -> Any:
+        return (documents[q] == documents[k]) & (q >= k) & (q - k < window)
+
+    AttnMask.from_mask_mod(mod, 256)  # what torch imports on first use
+    start = time.perf_counter()
+    mask = AttnMask.from_mask_mod(mod, num_tokens)
+    q_ranges, _, _ = mask.to_slices()
+    seconds = time.perf_counter() - start
+    index = torch.arange(num_tokens)
+    wrong = 0
+    for at in range(0, num_tokens, 512):
+        said = mod(0, 0, index[at : at + 512, None], index[None, :]).numpy()
+        part = mask.restrict((at, at + 512)).shift(-at, 0, 512, num_tokens)
+        wrong += int((part.to_dense() != said).sum())
+    print(
+        f"  {seconds:.2f} s, {len(mask.bands)} rows, {len(q_ranges)} slices, {wrong} of {num_tokens**2:,} cells wrong"
+    )
+
+
+def noise(rng: Rng, size: int) -> np.ndarray:
+    """Each cell by itself, attended with a probability that is drawn once a matrix."""
+    return rng.random((size, size)) < rng.random()
+
+
+def disturbed(rng: Rng, size: int) -> np.ndarray:
+    """Packed causal documents, half of them with a window, 1% of the cells turned over."""
+    edges = [0, *np.sort(rng.integers(0, size, 4)).tolist(), size]
+    window = (-1, 0) if rng.integers(2) else (int(rng.integers(2, 16)), 0)
+    return AttnMask.varlen(edges, window_size=window).to_dense() ^ (rng.random((size, size)) < 0.01)
+
+
+def shapes(rng: Rng, size: int) -> np.ndarray:
+    """Ten random rectangles, each cut by a random band, over one another."""
+    dense = np.zeros((size, size), bool)
+    for _ in range(10):
+        (q0, q1), (k0, k1) = (np.sort(rng.integers(0, size + 1, 2)).tolist() for _ in range(2))
+        lo, hi = np.sort(rng.integers(-size, size, 2)).tolist()
+        diagonal = np.arange(k0, k1)[None, :] - np.arange(q0, q1)[:, None]
+        dense[q0:q1, k0:k1] |= (lo <= diagonal) & (diagonal <= hi)
+    return dense
+
+
+def decompositions(count: int, size: int = 64) -> None:
+    print(f"\n{count:,} random dense matrices of {size} x {size}: slices, beside merging equal runs of adjacent rows")
+    kinds: dict[str, Callable[[Rng, int], np.ndarray]] = {
+        "noise, density uniform in [0, 1]": noise,
+        "causal documents, 1% of cells turned": disturbed,
+        "ten rectangles cut by bands": shapes,
     }
+    for name, make in kinds.items():
+        rng = np.random.default_rng(0)
+        merged = slices = rows = more = inexact = 0
+        start = time.perf_counter()
+        for _ in range(count):
+            dense = make(rng, size)
+            mask = AttnMask.from_dense(dense)
+            few, bound = len(mask.to_slices()[2]), len(equal_runs(dense))
+            merged, slices, rows = merged + bound, slices + few, rows + len(mask.bands)
+            more += few > bound
+            inexact += not (mask.to_dense() == dense).all()
+        seconds = time.perf_counter() - start
+        print(
+            f"  {name:<38} {slices:>9,} slices ({rows:,} rows), merging {merged:>9,}; more than merging in {more}, "
+            f"inexact {inexact}; {seconds:.0f} s"
+        )
 
 
-def _document_rule(edges: list[int], block: int) -> FlexRule:
-    """Causal by blocks inside documents that begin at multiples of ``block``."""
-    documents = document_numbers(edges)
-    return lambda b, h, i, j: (documents[i] == documents[j]) & (i // block >= j // block)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--matrices", type=int, default=1000, help="of each kind (1000)")
+    args = parser.parse_args()
+    picture()
+    from_mask_mod()
+    decompositions(args.matrices)
+
+
+if __name__ == "__main__":
+    main()

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
 def _own(mask: AttnMask, device: str) -> Callable[..., Any]:
     import torch
 
-    from magi_attention.functional import flex_flash_attn_func
+    from magi_attention.api import flex_flash_attn_func
 
     slices = [torch.as_tensor(part, dtype=torch.int32, device=device) for part in mask.to_slices()]
     return lambda q, k, v: flex_flash_attn_func(q, k, v, *slices)
