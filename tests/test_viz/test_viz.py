@@ -166,3 +166,14 @@ def test_show_without_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "--ranks says" in capsys.readouterr().err
     assert main([*asked, "--color-by", "type"]) == 2
     assert main([*asked, "-o", str(tmp_path / "mask.nothing")]) == 2
+
+
+def test_show_a_mask_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mask = AttnMask.shared_prefix([3, 2, 4], [-1, 0, 0])
+    (tmp_path / "mask.json").write_text(mask.to_json(), encoding="utf-8")
+    assert main(["show", "--mask", str(tmp_path / "mask.json")]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == mask.to_string()
+    assert main(["show", "--mask", str(tmp_path / "nothing.json")]) == 2
+    with pytest.raises(SystemExit):
+        main(["show", "--mask", "casual", "--tokens", "8"])
+    assert "expected one of full, causal" in capsys.readouterr().err

@@ -18,7 +18,13 @@ NAMES = ("full", "causal", "varlen-full", "varlen-causal", "window", "block-caus
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that `mask_of` reads."""
     group = parser.add_argument_group("the mask")
-    group.add_argument("--mask", required=True, choices=NAMES, help="what is attended")
+    group.add_argument(
+        "--mask",
+        required=True,
+        type=name_or_file,
+        metavar="NAME",
+        help=f"{', '.join(NAMES)}, or a FILE.json of AttnMask.to_json",
+    )
     group.add_argument("--tokens", type=values.count, help="tokens in all: 65536, 64K, 1M; left out, the sum of FILE")
     group.add_argument(
         "--lengths", type=Path, metavar="FILE", help="document lengths, ints apart by spaces, commas or lines"
@@ -35,8 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def name_or_file(text: str) -> str:
+    """The name of a mask, or of a file that holds one."""
+    if text not in NAMES and not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(NAMES)}, or a file that ends in .json, got {text!r}"
+        )
+    return text
+
+
 def mask_of(args: argparse.Namespace) -> AttnMask:
     """The mask that the options name. ``window`` and the plain ones are one document, unless FILE gives more."""
+    if args.mask not in NAMES:
+        return AttnMask.from_json(Path(args.mask).read_text(encoding="utf-8"))
     packed = args.mask.startswith("varlen-") or args.lengths is not None
     lengths = document_lengths(args) if packed else np.array([_tokens(args)], np.int64)
     cu_seqlens = np.append(0, np.cumsum(lengths))
