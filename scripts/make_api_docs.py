@@ -180,7 +180,13 @@ def _signature(definition: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     for statement in definition.body:
         if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
             return f"class {definition.name}({', '.join(_arguments(statement))})"
-    fields = [ast.unparse(s) for s in definition.body if isinstance(s, (ast.AnnAssign, ast.Assign))]
+    # `full = staticmethod(builders.full)` and `union = combine.union` are methods, documented as such.
+    methods = (ast.Attribute, ast.Name, ast.Call)
+    fields = [
+        ast.unparse(s)
+        for s in definition.body
+        if isinstance(s, ast.AnnAssign) or (isinstance(s, ast.Assign) and not isinstance(s.value, methods))
+    ]
     bases = ", ".join(ast.unparse(base) for base in definition.bases)
     header = f"class {definition.name}({bases})" if bases else f"class {definition.name}"
     # A property made by an expression (`type = ...`) is no field.

@@ -53,11 +53,11 @@ def varlen(
 ) -> AttnMask:
     """Packed documents that attend only themselves. One row a document, two with global keys.
 
-    #....
-    ##...
-    ..#..
-    ..##.
-    ..###
+        #....
+        ##...
+        ..#..
+        ..##.
+        ..###
 
     Args:
         cu_seqlens_q: where documents begin, and the end: ``num_documents + 1`` ints from 0.
@@ -98,12 +98,12 @@ def sliding_window(
 ) -> AttnMask:
     """Every query attends the keys around its own. One row, two with global keys, three with global queries.
 
-    ##....        window (1, 1)
-    ###...
-    .###..
-    ..###.
-    ...###
-    ....##
+        ##....        window (1, 1)
+        ###...
+        .###..
+        ..###.
+        ...###
+        ....##
 
     Args:
         window_size: ``(left, right)``: how many keys on either side of its own, bottom-right aligned; -1 is unbounded.
@@ -133,6 +133,7 @@ def block_causal(num_tokens: int, block_size: int) -> AttnMask:
     ####..
     ####..
     ######
+    ######
     """
     return varlen_block_causal([0, check_length(num_tokens, "num_tokens")], block_size)
 
@@ -140,11 +141,14 @@ def block_causal(num_tokens: int, block_size: int) -> AttnMask:
 def varlen_block_causal(cu_seqlens: Any, block_size: int, *, num_blocks: int | None = None) -> AttnMask:
     """Block-causal inside packed documents: chunks of frames in videos. One row a block.
 
-    ##......     documents of 4 and 4, blocks of 2
-    ##......
-    ####....
-    ####....
-    ....##..
+        ##......     documents of 4 and 4, blocks of 2
+        ##......
+        ####....
+        ####....
+        ....##..
+        ....##..
+        ....####
+        ....####
 
     Args:
         cu_seqlens: where documents begin, and the end. Blocks are counted from each document's beginning.
@@ -164,11 +168,11 @@ def varlen_block_causal(cu_seqlens: Any, block_size: int, *, num_blocks: int | N
 def chunked_causal(num_tokens: int, chunk_size: int, cu_seqlens: Any = None) -> AttnMask:
     """Causal inside chunks and blind outside: local attention. One row a chunk.
 
-    #.....       chunks of 3
-    ##....
-    ###...
-    ...#..
-    ...##.
+        #.....       chunks of 3
+        ##....
+        ###...
+        ...#..
+        ...##.
 
     Args:
         cu_seqlens: documents, from whose beginnings chunks are counted; left out, one document of all tokens.
@@ -188,11 +192,11 @@ def dilated_blocks(
 ) -> AttnMask:
     """Blocks that attend themselves and every ``dilation``-th block from there. One row a pair; blocks of one token: one a diagonal.
 
-    #....        blocks of 1, dilation 2
-    .#...
-    #.#..
-    .#.#.
-    #.#.#
+        #....        blocks of 1, dilation 2
+        .#...
+        #.#..
+        .#.#.
+        #.#.#
 
     Args:
         num_blocks: how many blocks a query attends on each side, its own among them; left out, as many as there are.
@@ -274,12 +278,12 @@ def varlen_prefix_lm(cu_seqlens: Any, prefix_lengths: Any) -> AttnMask:
 def shared_prefix(lengths: Any, parents: Any) -> AttnMask:
     """A tree of texts: each is causal in itself and sees all of its ancestors. A prompt with many answers is the tree of depth two.
 
-    #.....       lengths [2, 2, 2], parents [-1, 0, 0]
-    ##....
-    ###...
-    ####..
-    ##..#.
-    ##..##
+        #.....       lengths [2, 2, 2], parents [-1, 0, 0]
+        ##....
+        ###...
+        ####..
+        ##..#.
+        ##..##
 
     Args:
         lengths: tokens of each text, in the order in which they are laid out.
@@ -319,12 +323,12 @@ def shared_prefix(lengths: Any, parents: Any) -> AttnMask:
 def multimodal(num_tokens: int, image_spans: Any, cu_seqlens: Any = None) -> AttnMask:
     """Causal text in which the tokens of an image see all of their image. One row a document, one more an image.
 
-    #.....       an image of tokens 1, 2 and 3
-    ####..
-    ####..
-    ####..
-    #####.
-    ######
+        #.....       an image of tokens 1, 2 and 3
+        ####..
+        ####..
+        ####..
+        #####.
+        ######
 
     Args:
         image_spans: ``[n, 2]`` half-open ranges of tokens, disjoint.

@@ -69,6 +69,7 @@ class AuditReport:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing wrong was found."""
         return not self.findings
 
     def check(self) -> None:
