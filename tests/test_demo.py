@@ -55,6 +55,13 @@ def test_ranks_train_as_one(one: Record, num_ranks: int) -> None:
     assert disagreements(one, records[0]) == []
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpus_train_as_the_cpu(one: Record) -> None:
+    for record in shared_pool().run(train, replace(TINY, device="cuda"), "", False, num_ranks=2):
+        np.testing.assert_allclose(record.losses, one.losses, rtol=1e-9)
+        assert disagreements(one, record) == []
+
+
 def test_first_step_is_that_of_plain_torch(one: Record) -> None:
     sequence = next(packed_sequences(TINY))
     document = torch.repeat_interleave(torch.tensor(np.diff(sequence.cu_seqlens)))

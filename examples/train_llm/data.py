@@ -68,10 +68,10 @@ def packed_sequences(settings: Settings) -> Iterator[Sequence]:
 
 def positions_in_documents(positions: Tensor, cu_seqlens: list[int]) -> Tensor:
     """``[n]`` how far behind the beginning of its document each of the ``[n]`` global positions is."""
-    starts = torch.tensor(cu_seqlens[:-1])
+    starts = torch.tensor(cu_seqlens[:-1], device=positions.device)
     return positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
 
 
 def ends_document(positions: Tensor, cu_seqlens: list[int]) -> Tensor:
     """``[n]`` bool: whether the token at each of the ``[n]`` global positions is the last of its document."""
-    return torch.isin(positions + 1, torch.tensor(cu_seqlens[1:]))
+    return torch.isin(positions + 1, torch.tensor(cu_seqlens[1:], device=positions.device))

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,9 +46,18 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("float32", "float64"), default=defaults.dtype, help="default %(default)s")
     parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default=defaults.device,
+        help="of the ranks; one rank alone computes on the CPU",
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("out/train_llm.png"), help="the picture (default %(default)s)"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and torch sees none: leave it out")
+    return arguments
 
 
 def introduce(settings: Settings, num_ranks: int) -> None:
@@ -57,7 +67,7 @@ def introduce(settings: Settings, num_ranks: int) -> None:
         f"A Llama-style model of {num_parameters:,} parameters reads {len(source_files()):,} source files of this Python's standard "
         f"library,\n{settings.num_tokens:,} bytes a step, packed as documents: half of its {settings.num_layers} layers are causal within "
         f"each document, half see a window of {settings.window} besides.\nFirst on one rank, then the same steps on {num_ranks} ranks that "
-        "share every sequence.\n",
+        f"share every sequence{' and compute on GPUs' if settings.device == 'cuda' else ''}.\n",
         flush=True,
     )
 
@@ -67,12 +77,14 @@ def main() -> int:
     start = time.perf_counter()
     arguments = parse_arguments()
     num_ranks = arguments.ranks
-    settings = Settings(num_steps=arguments.steps, num_tokens=arguments.tokens, dtype=arguments.dtype)
+    settings = Settings(
+        num_steps=arguments.steps, num_tokens=arguments.tokens, dtype=arguments.dtype, device=arguments.device
+    )
     num_cores = os.cpu_count() or 1
     introduce(settings, num_ranks)
 
     torch.set_num_threads(num_cores)
-    one = train(settings, "1 rank ")
+    one = train(replace(settings, device="cpu"), "1 rank ")
     threads = max(num_cores // num_ranks, 1)
     many = run_ranks(train, num_ranks, settings, f"{num_ranks} ranks", threads=threads, timeout=3600)[0]
 
@@ -83,9 +95,10 @@ def main() -> int:
 
     print(f"\nLoss per step, in nats a byte ({settings.dtype}):\n\n{loss_table(one, many, num_ranks)}\n")
     print(f"Work and traffic, over all steps on {num_ranks} ranks:\n\n{balance_table(many, num_ranks)}\n")
+    shared = f"the same {num_cores} cores" if settings.device == "cpu" else f"{torch.cuda.device_count()} GPU(s)"
     print(
         f"Seconds: {one.seconds:.1f} on 1 rank, {many.seconds:.1f} on {num_ranks} ({many.planning_seconds:.1f} of them planning); ranks "
-        f"share the same {num_cores} cores here, so this shows\nthat the work is the same, not that it gets faster. "
+        f"share {shared} here, so this shows\nthat the work is the same, not that it gets faster. "
         f"{time.perf_counter() - start:.1f} in all.\n"
     )
     gradient, name = gradient_difference(one, many)

@@ -34,7 +34,8 @@ class RMSNorm(nn.Module):
 
 def rotation(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``(cos, sin)``, ``[n, 1, e / 2]`` each: the angles of rotary position embedding (Su et al., 2021)."""
-    frequencies = 10_000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+    frequencies = 10_000.0**-exponents
     angles = positions.to(torch.float64)[:, None, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -19,6 +19,7 @@ class Settings:
         hidden_dim: of the feed-forward layers.
         learning_rate: at its peak, after ``num_warmup`` steps; it falls to a tenth along a cosine.
         dtype: of weights and of all that is computed, "float32" or "float64".
+        device: where it is computed, "cpu" or "cuda". Ranks share GPUs where there are fewer of them.
         seed: of weights and of the order of documents.
     """
 
@@ -35,6 +36,7 @@ class Settings:
     learning_rate: float = 6e-3
     num_warmup: int = 5
     dtype: str = "float32"
+    device: str = "cpu"
     seed: int = 0
 
     @property

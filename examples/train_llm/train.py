@@ -46,15 +46,15 @@ class Shard:
         labels: ``[num_local_rows]`` int64, the token that follows; `IGNORED` at the end of a document and for padding.
     """
 
-    def __init__(self, sequence: Sequence, settings: Settings) -> None:
+    def __init__(self, sequence: Sequence, settings: Settings, device: torch.device) -> None:
         documents, cu_seqlens = (sequence.cu_seqlens, sequence.cu_seqlens), sequence.cu_seqlens
         heads = settings.num_heads_q, settings.num_heads_kv, settings.head_dim
         self.key = magi_attn_varlen_key(*documents, *heads, causal=True)
         self.windowed_key = make_varlen_key_for_new_mask_after_dispatch(
             *documents, self.key, window_size=(settings.window, 0)
         )
-        self.tokens = dispatch(sequence.tokens, self.key)
-        positions = get_position_ids(self.key)
+        self.tokens = dispatch(sequence.tokens.to(device), self.key)
+        positions = get_position_ids(self.key).to(device)
         self.positions = positions_in_documents(positions, cu_seqlens)
         # The token that follows may be another rank's. Padding rows are at the last token's position, which ends its document.
         following = roll(self.tokens, -1, 0, self.key)
@@ -63,6 +63,16 @@ class Shard:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, is_windowed: bool) -> Tensor:
         """Attention of this rank's rows to all that the mask gives them."""
         return calc_attn(q, k, v, self.windowed_key if is_windowed else self.key)[0]
+
+
+def own_device(settings: Settings) -> torch.device:
+    """Where this rank computes: the CPU, or a GPU, which it shares with others where there are fewer GPUs than ranks."""
+    if settings.device == "cpu":
+        return torch.device("cpu")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    device = torch.device(settings.device, rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def sum_over_ranks(*tensors: Tensor) -> None:
@@ -104,15 +114,16 @@ def learning_rate(step: int, settings: Settings) -> float:
 def train(settings: Settings, title: str = "", show_progress: bool = True) -> Record:
     """Train on this rank's share of each sequence; alone where there is no process group."""
     record = Record()
-    torch.manual_seed(settings.seed)  # the same weights on every rank
-    model = LanguageModel(settings).to(getattr(torch, settings.dtype))
+    device = own_device(settings)
+    torch.manual_seed(settings.seed)  # the same weights on every rank and device
+    model = LanguageModel(settings).to(device, getattr(torch, settings.dtype))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     is_first_rank = not dist.is_initialized() or dist.get_rank() == 0
     start = time.perf_counter()
     with tqdm(total=settings.num_steps, desc=title, disable=not (show_progress and is_first_rank)) as progress:
         for step, sequence in enumerate(islice(packed_sequences(settings), settings.num_steps)):
             before_planning = time.perf_counter()
-            shard = Shard(sequence, settings)
+            shard = Shard(sequence, settings, device)
             record.planning_seconds += time.perf_counter() - before_planning
             record.plans.append((plan_of(shard.key), plan_of(shard.windowed_key)))
 
@@ -126,7 +137,7 @@ def train(settings: Settings, title: str = "", show_progress: bool = True) -> Re
             gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
             sum_over_ranks(total, *gradients.values())
             if step == 0:
-                record.first_gradients = {name: gradient.clone() for name, gradient in gradients.items()}
+                record.first_gradients = {name: gradient.cpu().clone() for name, gradient in gradients.items()}
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings)
