@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -60,3 +64,37 @@ def test_rows_on_gpus_travel_over_gloo() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each rank")
 def test_rows_on_gpus_travel_over_nccl() -> None:
     shared_pool().run(exchange_on_gpu, "nccl", num_ranks=min(torch.cuda.device_count(), 4))
+
+
+# Rank 1 stays away from an exchange; rank 0 waits for the GPU that waits for it.
+_STAY_AWAY = """
+import datetime, os, time
+import numpy as np
+import torch
+import torch.distributed as dist
+from magi_attention.comm import all_reduce_max, group_cast
+from magi_attention.plan import Exchange
+
+rank = int(os.environ["RANK"])
+torch.cuda.set_device(rank)
+dist.init_process_group("nccl", timeout=datetime.timedelta(seconds=8))
+x = torch.ones(1, 8, device="cuda")
+all_reduce_max(x, dist.group.WORLD)
+if rank == 0:
+    splits = (0, 1)
+    group_cast((x,), Exchange(np.array([[0, 1]]), splits, splits), dist.group.WORLD, label="k/v of stage 0").wait()
+    torch.cuda.synchronize()
+else:
+    time.sleep(30)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each rank")
+def test_who_stays_away_from_nccl_is_named_and_the_wait_ends(tmp_path: Path) -> None:
+    script = tmp_path / "stay_away.py"
+    script.write_text(_STAY_AWAY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert ended.returncode != 0
+    assert "about to give up: collective #1 (k/v of stage 0)" in ended.stderr, ended.stderr
+    assert "No word from rank 1:" in ended.stderr

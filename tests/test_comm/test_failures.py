@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from magi_attention.comm import CommTimeoutError, all_reduce_max, gather_rows, group_cast, group_reduce
+from magi_attention.comm.transport import all_to_all_rows
+from magi_attention.comm.watch import Watch, Watched
 from magi_attention.plan import Exchange
 from magi_attention.testing.dist import RankError, RankPool
 
@@ -75,6 +77,53 @@ def test_a_peer_that_is_gone_is_named_at_once(pool: RankPool, collective: str) -
         message, seconds = answers[rank]
         assert "No word from rank 2:" in message
         assert seconds < 5.0
+
+
+def watch_a_peer_that_stays_away() -> list[str | None]:
+    """What a watch says of a collective, look by look: before its patience is at an end, after, and once more."""
+    rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    dist.barrier()
+    said: list[str | None] = []
+    if rank == 0:
+        eye, splits = Watch(GROUP_SECONDS), [1] * size
+        flight = all_to_all_rows(
+            torch.zeros(size, 8, dtype=torch.uint8), splits, splits, group, "k/v of stage 0"
+        )._flight
+        assert flight is not None
+        eye.see(Watched(flight.call, flight.started, flight.work.is_completed))
+        said.append(eye.look())
+        time.sleep(0.93 * GROUP_SECONDS)
+        said += [eye.look(), eye.look()]
+    else:
+        time.sleep(GROUP_SECONDS + 2.5)
+    return said
+
+
+def test_a_watch_names_who_is_missing_once_and_in_time(pool: RankPool) -> None:
+    early, late, again = pool.run(watch_a_peer_that_stays_away, group_timeout=GROUP_SECONDS)[0]
+    assert early is None and again is None
+    assert late is not None and "collective #0 (k/v of stage 0)" in late
+    assert "No word from ranks 1, 2:" in late and f"after {GROUP_SECONDS:g} s this process will be ended" in late
+
+
+def watch_what_completes() -> list[str | None]:
+    size, eye = dist.get_world_size(), Watch(0.01)
+    said: list[str | None] = []
+    for _ in range(3):
+        pending = all_to_all_rows(
+            torch.zeros(size, 8, dtype=torch.uint8), [1] * size, [1] * size, dist.group.WORLD, "rows"
+        )
+        flight = pending._flight
+        assert flight is not None
+        eye.see(Watched(flight.call, flight.started, flight.work.is_completed))
+        pending.wait()
+        time.sleep(0.02)
+        said += [eye.look(), eye.look()]
+    return said
+
+
+def test_a_watch_is_silent_on_what_completes(pool: RankPool) -> None:
+    assert pool.run(watch_what_completes) == [[None] * 6] * 3
 
 
 def lose_a_peer_of_a_subgroup() -> str:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.failure import Call, describe_failure
+from magi_attention.comm.watch import watch
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -34,12 +35,13 @@ class Flight:
 
         Raises:
             CommTimeoutError: a peer did not take part in time, or is gone. (NCCL tells of neither here unless TORCH_NCCL_BLOCKING_WAIT is
-                set: its watchdog ends the process after the group's timeout.)
+                set: its watchdog ends the process after the group's timeout. Who was missing is logged before, see ``comm.watch``.)
         """
         try:
             self.work.wait()
         except RuntimeError as error:
             raise describe_failure(self.call, time.monotonic() - self.started, error) from error
+        watch(self.call, self.started, self.buffers[0].device)
 
 
 def start(
