@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from magi_attention.comm import CommTimeoutError, all_reduce_max, gather_rows, group_cast, group_reduce
+from magi_attention.comm import CommTimeoutError, Pending, all_reduce_max, gather_rows, group_cast, group_reduce
+from magi_attention.comm.failure import Call
 from magi_attention.comm.transport import all_to_all_rows
 from magi_attention.comm.watch import Watch, Watched
 from magi_attention.plan import Exchange
@@ -79,44 +80,44 @@ def test_a_peer_that_is_gone_is_named_at_once(pool: RankPool, collective: str) -
         assert seconds < 5.0
 
 
-def watch_a_peer_that_stays_away() -> list[str | None]:
-    """What a watch says of a collective, look by look: before its patience is at an end, after, and once more."""
-    rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+def start_to_watch(eye: Watch) -> Pending[torch.Tensor]:
+    """An exchange of a row with every rank, seen by ``eye``."""
+    size = dist.get_world_size()
+    rows, splits = torch.zeros(size, 8, dtype=torch.uint8), [1] * size
+    pending = all_to_all_rows(rows, splits, splits, dist.group.WORLD, "k/v of stage 0")
+    assert pending._flight is not None
+    eye.see(pending._flight.watched)
+    return pending
+
+
+def watch_a_peer_that_stays_away() -> tuple[list[str | None], bool]:
+    """What a watch says of a collective, look by look: before its patience is at an end, after, and once more; and whether it is stuck."""
     dist.barrier()
     said: list[str | None] = []
-    if rank == 0:
-        eye, splits = Watch(GROUP_SECONDS), [1] * size
-        flight = all_to_all_rows(
-            torch.zeros(size, 8, dtype=torch.uint8), splits, splits, group, "k/v of stage 0"
-        )._flight
-        assert flight is not None
-        eye.see(Watched(flight.call, flight.started, flight.work.is_completed))
+    eye = Watch(GROUP_SECONDS)
+    if dist.get_rank() == 0:
+        pending = start_to_watch(eye)
         said.append(eye.look())
         time.sleep(0.93 * GROUP_SECONDS)
         said += [eye.look(), eye.look()]
+        del pending
     else:
         time.sleep(GROUP_SECONDS + 2.5)
-    return said
+    return said, eye.is_stuck()
 
 
 def test_a_watch_names_who_is_missing_once_and_in_time(pool: RankPool) -> None:
-    early, late, again = pool.run(watch_a_peer_that_stays_away, group_timeout=GROUP_SECONDS)[0]
-    assert early is None and again is None
+    (early, late, again), is_stuck = pool.run(watch_a_peer_that_stays_away, group_timeout=GROUP_SECONDS)[0]
+    assert early is None and again is None and not is_stuck
     assert late is not None and "collective #0 (k/v of stage 0)" in late
     assert "No word from ranks 1, 2:" in late and f"after {GROUP_SECONDS:g} s this process will be ended" in late
 
 
 def watch_what_completes() -> list[str | None]:
-    size, eye = dist.get_world_size(), Watch(0.01)
+    eye = Watch(0.01)
     said: list[str | None] = []
     for _ in range(3):
-        pending = all_to_all_rows(
-            torch.zeros(size, 8, dtype=torch.uint8), [1] * size, [1] * size, dist.group.WORLD, "rows"
-        )
-        flight = pending._flight
-        assert flight is not None
-        eye.see(Watched(flight.call, flight.started, flight.work.is_completed))
-        pending.wait()
+        start_to_watch(eye).wait()
         time.sleep(0.02)
         said += [eye.look(), eye.look()]
     return said
@@ -124,6 +125,21 @@ def watch_what_completes() -> list[str | None]:
 
 def test_a_watch_is_silent_on_what_completes(pool: RankPool) -> None:
     assert pool.run(watch_what_completes) == [[None] * 6] * 3
+
+
+def watch_what_does_not_begin() -> tuple[bool, bool, str | None]:
+    eye = Watch(0.5)
+    eye.see(Watched(Call(dist.group.WORLD, 0, "k/v of stage 0", [1], [1]), time.monotonic()))
+    eye.look()
+    before = eye.is_stuck()
+    time.sleep(0.6)
+    return before, eye.is_stuck(), eye.look()
+
+
+def test_a_watch_knows_a_call_that_does_not_return(pool: RankPool) -> None:
+    for before, after, said in pool.run(watch_what_does_not_begin, num_ranks=2):
+        assert not before and after
+        assert said is not None and "collective #0 (k/v of stage 0)" in said
 
 
 def lose_a_peer_of_a_subgroup() -> str:

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from magi_attention.comm.failure import Call, describe_failure
-from magi_attention.comm.watch import watch
+from magi_attention.comm.failure import Call, CommTimeoutError, describe_failure
+from magi_attention.comm.watch import Watched, watch
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -27,8 +27,7 @@ class Flight:
 
     work: dist.Work
     buffers: tuple[Tensor, ...]
-    call: Call
-    started: float
+    watched: Watched
 
     def land(self) -> None:
         """Wait for it: the host on gloo, the current stream on NCCL.
@@ -40,8 +39,8 @@ class Flight:
         try:
             self.work.wait()
         except RuntimeError as error:
-            raise describe_failure(self.call, time.monotonic() - self.started, error) from error
-        watch(self.call, self.started, self.buffers[0].device)
+            raise _failure(self.watched, error) from error
+        self.watched.land(self.buffers[0].device)
 
 
 def start(
@@ -55,13 +54,18 @@ def start(
     """Start an asynchronous collective. Every rank of the group must start the same ones in the same order, empty or not."""
     number = _num_started.get(group, 0)
     _num_started[group] = number + 1
-    call, started = Call(group, number, label, sources, targets), time.monotonic()
+    watched = watch(Call(group, number, label, sources, targets), buffers[0].device)
     try:
         work = collective()
     except dist.DistError as error:  # NCCL meets its peers here the first time
-        raise describe_failure(call, time.monotonic() - started, error) from error
+        raise _failure(watched, error) from error
     assert work is not None, "this rank is not in the group"
-    return Flight(work, buffers, call, started)
+    watched.begin(work)
+    return Flight(work, buffers, watched)
+
+
+def _failure(watched: Watched, cause: Exception) -> CommTimeoutError:
+    return describe_failure(watched.call, time.monotonic() - watched.started, cause)
 
 
 class Pending(Generic[T]):

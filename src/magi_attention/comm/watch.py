@@ -1,8 +1,10 @@
-"""Who is missing, said before NCCL gives up.
+"""Who is missing, said before NCCL gives up; and an end where it never would.
 
 A wait on NCCL puts the wait into a stream and returns, so no call of ours fails when a peer stays away: NCCL's own watchdog ends
-the process after the group's timeout, without a word on who was waited for. A thread therefore keeps an eye on one collective of
-each such group, and logs who is missing once nine tenths of the timeout have gone by.
+the process after the group's timeout, without a word on who was waited for. And where NCCL is still connecting to a peer, which it does in
+the call that starts a group's first exchange, not even the watchdog does that. A thread therefore keeps an eye on one
+collective of each such group, logs who is missing once nine tenths of the timeout have gone by, and ends the process where the
+call has not returned by the timeout.
 
 It asks a collective how it stands only then, so that it is in nobody's way (a question to CUDA spoils a graph that is being captured).
 Collectives of a group complete in order: the one it holds is either done, and the newest takes its place, or what all later ones wait for.
@@ -11,11 +13,11 @@ Collectives of a group complete in order: the one it holds is either done, and t
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -29,12 +31,39 @@ _PATIENCE = 0.9
 _MOST_SECONDS_BETWEEN_LOOKS = 5.0
 
 
-class Watched(NamedTuple):
-    """A collective that began at ``started`` (monotonic seconds). It holds no tensors, which would live as long as it is watched."""
+@dataclass(eq=False)
+class Watched:
+    """A collective from ``started`` (monotonic seconds) on. It holds no tensors, which would live as long as it is watched.
+
+    ``work``: what the call that starts it has returned, once it has; whoever waits for it keeps it alive. ``event``: recorded behind
+    it, once the current stream waits for it.
+    """
 
     call: Call
     started: float
-    is_done: Callable[[], bool]
+    work: ReferenceType[dist.Work] | None = None
+    event: torch.cuda.Event | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        return self.work is not None
+
+    def begin(self, work: dist.Work) -> None:
+        """The call that starts it has returned."""
+        self.work = ref(work)
+
+    def land(self, device: torch.device) -> None:
+        """The current stream of ``device`` has been made to wait for it."""
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(device))
+
+    def is_done(self) -> bool:
+        """Whether nothing is waited for any more. One that nobody waits for is."""
+        if self.event is not None:
+            return bool(self.event.query())
+        work = self.work() if self.work is not None else None
+        return self.has_begun and (work is None or bool(work.is_completed()))
 
 
 class Watch:
@@ -48,7 +77,7 @@ class Watch:
         self._has_spoken = False
 
     def see(self, one: Watched) -> None:
-        """A collective was started."""
+        """A collective is about to start."""
         with self._lock:
             self._newest = one
 
@@ -70,29 +99,33 @@ class Watch:
         failure = describe_failure(held.call, time.monotonic() - held.started, RuntimeError(left))
         return f"about to give up: {failure}"
 
+    def is_stuck(self) -> bool:
+        """Whether the call that starts the collective has not returned by the timeout, so that nothing else ends it."""
+        held = self._held
+        return held is not None and not held.has_begun and time.monotonic() - held.started > self.timeout
+
 
 _watches: WeakKeyDictionary[dist.ProcessGroup, Watch] = WeakKeyDictionary()
 _lock = threading.Lock()
 _threads: list[threading.Thread] = []
 
 
-def watch(call: Call, started: float, device: torch.device) -> None:
-    """Keep an eye on a collective that the current stream has just been made to wait for, where nobody else says who is missing."""
+def watch(call: Call, device: torch.device) -> Watched:
+    """A collective of tensors on ``device`` that is about to start; an eye is kept on it where nobody else says who is missing."""
+    watched = Watched(call, time.monotonic())
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return
+        return watched
     with _lock:
         if call.group not in _watches:
             timeout = _timeout_of(call.group, device)
             if timeout is None:
-                return
+                return watched
             _watches[call.group] = Watch(timeout)
-        own = _watches[call.group]
+        _watches[call.group].see(watched)
         if not _threads:
             _threads.append(threading.Thread(target=_keep_looking, name="magi_attention watch", daemon=True))
             _threads[0].start()
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    own.see(Watched(call, started, event.query))
+    return watched
 
 
 def _timeout_of(group: dist.ProcessGroup, device: torch.device) -> float | None:
@@ -110,4 +143,9 @@ def _keep_looking() -> None:
         for one in watches:
             if said := one.look():
                 logger.error(said)
+            if one.is_stuck():
+                logger.critical(
+                    "giving up: NCCL has been connecting to its peers for the group's timeout, and ends by itself never"
+                )
+                os.abort()  # as its watchdog does where it can
         time.sleep(min([_MOST_SECONDS_BETWEEN_LOOKS, *(0.02 * one.timeout for one in watches)]))
