@@ -19,7 +19,7 @@ from torch import Tensor
 
 from magi_attention.kernels.interface import AttnSettings, KernelMask
 from magi_attention.kernels.registry import load
-from masks import BenchmarkMask
+from attention_masks import BenchmarkMask
 
 NUM_HEADS_Q, NUM_HEADS_KV = 8, 2
 GEMM_SIZE = 2048

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from magi_attention.functional.flex_flash_attn import flex_flash_attn_func
-from masks import make_masks
+from attention_masks import make_masks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 1 << 20
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--mask", default="causal", help="one of benchmarks/masks.py")
+    parser.add_argument("--mask", default="causal", help="one of benchmarks/attention_masks.py")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
