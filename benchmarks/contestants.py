@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention_masks import BenchmarkMask
 from magi_attention.kernels.interface import AttnSettings, KernelMask
 from magi_attention.kernels.registry import load
-from attention_masks import BenchmarkMask
 
 NUM_HEADS_Q, NUM_HEADS_KV = 8, 2
 GEMM_SIZE = 2048

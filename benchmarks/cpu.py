@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
+from attention_masks import BenchmarkMask, make_masks
 from contestants import NUM_HEADS_KV, NUM_HEADS_Q, Call, Inputs, fastest, flex, gemm, ours, products_are_native, sdpa
 from magi_attention.kernels.interface import AttnSettings, KernelMask
 from magi_attention.kernels.registry import load
 from magi_attention.testing.kernel_check import KernelInputs, run_kernel
 from magi_attention.testing.oracle import assert_results_as_exact, attention_oracle, plain_result
-from attention_masks import BenchmarkMask, make_masks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ERROR_TOKENS = 1024

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from magi_attention.functional.flex_flash_attn import flex_flash_attn_func
 from attention_masks import make_masks
+from magi_attention.functional.flex_flash_attn import flex_flash_attn_func
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 1 << 20

@@ -222,8 +222,9 @@ def test_lse_may_hold_more_than_these_cells(backend: Backend, dtype: torch.dtype
     zero = torch.zeros_like(lse)
     dv = backend.backward(dout, q, k, v, lse, zero, mask, case.settings)[2]
     dv_less = backend.backward(dout, q, k, v, lse + math.log(4), zero, mask, case.settings)[2]
-    # float32 rounds lse + log 4 to about 5e-7.
-    torch.testing.assert_close(dv_less, dv / 4, rtol=3e-6, atol=1e-6)
+    # float32 rounds lse + log 4 to about 5e-7, which may turn the rounding of a probability to a 16-bit number.
+    atol = 1e-6 if dtype.itemsize > 2 else 1e-4
+    torch.testing.assert_close(dv_less, dv / 4, rtol=3e-6, atol=atol)
     grads = backend.backward(dout, q, k, v, torch.full_like(lse, -math.inf), zero, mask, case.settings)
     assert all((grad == 0).all() for grad in grads)
 

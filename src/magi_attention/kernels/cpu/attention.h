@@ -10,6 +10,7 @@
 #include <new>
 #include <system_error>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 struct Band { int64_t q0, q1, k0, k1, lo, hi; };

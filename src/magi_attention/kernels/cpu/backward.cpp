@@ -1,217 +1,228 @@
-// Backward: five products for each tile of 60 queries x 256 keys (Dao et al. 2022, algorithm 4). A unit of work is one kv head and one
-// partition of its keys; partitions are fixed by the problem, not by the threads, and dq is the sum of theirs, in order.
+// Backward: five products for each tile of queries and block of keys (Dao et al. 2022, algorithm 4). A unit of work is one kv head and one
+// partition of its keys. Partitions are fixed by the problem, not by the threads, and dq is the sum of theirs, in order.
 #include <algorithm>
 #include <memory>
 #include <new>
 
 #include "attention.h"
+#include "bands.h"
 #include "pack.h"
+#include "partition.h"
 
 namespace {
 
-constexpr int64_t UNITS_WANTED = 8;  // kv heads x partitions: enough to balance a few threads, few enough to bound the dq buffers
-
+// A block of keys and a tile of queries, packed; a tile's scores become probabilities, and gradients of probabilities those of scores, in place:
+//
+//                           scores                     dscores
+//   one float a word        P                          dS
+//   pairs, for two rows     P of both, in pairs        dS of the first, as a left side
+//                           dS of both, in pairs       dS of the second
+template <class E>
 struct Scratch {
-  Buffer probs, dscores, dk, dv;  // scores become probs, and dprobs dscores, in place
-  Scratch(int64_t d, int64_t dv_columns) : probs(TILE_Q * LEAD), dscores(TILE_Q * LEAD), dk(BLOCK_K * d), dv(BLOCK_K * dv_columns) {}
+  Columns<E> in, out;  // columns of q and k, of v and dout
+  Buffer rows, k_along, v_along, k_across, q_rows, dout_rows, q_across, dout_across, scores, dscores, dq, dk, dv;
+  Scratch(int64_t d, int64_t d_out)
+      : in(d), out(d_out), rows(BLOCK_K * std::max(in.stride, out.stride)), k_along(BLOCK_K * in.stride), v_along(BLOCK_K * out.stride),
+        k_across(BLOCK_K / E::n * in.padded), q_rows(TILE_Q * in.stride), dout_rows(TILE_Q * out.stride), q_across(TILE_Q / E::n * in.padded),
+        dout_across(TILE_Q / E::n * out.padded), scores(TILE_Q * LEAD), dscores(TILE_Q * LEAD), dq(TILE_Q * in.padded), dk(BLOCK_K * in.padded),
+        dv(BLOCK_K * out.padded) {}
+  const float* probs_across() const { return scores; }
+  const float* dscores_across() const { return E::n == 1 ? dscores : scores + LEAD; }
 };
 
-struct Operands {
-  // q and dout in rows; k (scaled by scale * log2 e) and v along tokens, for S and dP; k, q and dout across, for dQ, dK and dV.
-  const Rows &q_rows, &dout_rows;
-  const Packed &k_along, &v_along, &k_across, &q_across, &dout_across;
-};
-
+template <class T, class D, class E>
 struct Kernel {
   const Problem& p;
   const BackwardInput& in;
-  const Operands& x;
+  const TileBands& index;  // by block of keys
+  const Partitions& parts;
+  const Scratch<E>& s;
 
-  // Scores and gradients of probabilities of one row, in place, to probabilities and gradients of scores: columns [begin, end), of which
-  // [r0, r1) are attended; the others become 0.
-  void differentiate(float* prob, float* dscore, int64_t at, int begin, int end, int r0, int r1) const {
-    vf minus_lse = splat(-in.lse[at] * LOG2E), delta = splat(in.delta[at]);
-    if (in.lse[at] == -INFINITY) r1 = r0;
-    for (int c = begin; c < end; c += VL) {
-      vf logit = load(prob + c), slope = splat(1.f);
-      if (p.softcap > 0) {
-        vf t = tanhv(logit * (LN2 / p.softcap));
-        logit = t * (p.softcap * LOG2E);
-        slope = 1.f - t * t;
-      }
-      vf e = exp2v(logit + minus_lse);
-      if (c < r0 || c + VL > r1) e = inside(c, r0, r1) ? e : vf{};
-      store(prob + c, e);
-      vf ds = e * (load(dscore + c) - delta);
-      store(dscore + c, p.softcap > 0 ? ds * slope : ds);
-    }
+  // One row of a tile, while its scores are differentiated.
+  struct Row {
+    vf minus_lse, delta;
+    int r0, r1;  // the columns that it attends
+  };
+
+  Row row_of_tile(const BandBlock& block, int64_t r, int64_t h) const {
+    if (r < block.a || r >= block.b) return {vf{}, vf{}, 0, 0};
+    int64_t at = r * p.hq + h;
+    bool any = in.lse[at] != -INFINITY;
+    return {splat(-in.lse[at] * LOG2E), splat(in.delta[at] * p.scale), any ? block.left(r) : 0, any ? block.right(r) : 0};
   }
 
-  // One tile of queries [a, b) of one head against a block of keys.
-  void tile(const Scratch& s, const BandBlock& block, int64_t h, int64_t kv, float* dq) const {
-    Strip strips[TILE_Q / MR];
-    int count = block.strips(strips);
-    if (!count) return;
-    int64_t kb = block.kb, d = p.d, dv = p.dv;
-    const float *keys = x.k_along.head(kv) + kb * d, *values = x.v_along.head(kv) + kb * dv, *k_across = x.k_across.head(kv) + kb * NR;
-    auto place = [&](Buffer const& b, int64_t row) { return b + (row - block.a) * LEAD; };
-    each_panel(strips, count, [&](int c, const Strip& r) {
-      multiply<false>(r.rows, (int)d, x.q_rows.at(r.row, h), x.q_rows.token, 1, keys + c * d, place(s.probs, r.row) + c, LEAD);
-    });
-    each_panel(strips, count, [&](int c, const Strip& r) {
-      multiply<false>(r.rows, (int)dv, x.dout_rows.at(r.row, h), x.dout_rows.token, 1, values + c * dv, place(s.dscores, r.row) + c, LEAD);
-    });
-    int key_begin = block.left(block.a), key_end = block.right(block.b - 1);
-    for (int i = 0; i < count; i++) {
-      const Strip& r = strips[i];
-      for (int64_t row = r.row; row < r.row + r.rows; row++) {
-        float *prob = place(s.probs, row), *dscore = place(s.dscores, row);
-        differentiate(prob, dscore, row * p.hq + h, r.first(), r.last(), block.left(row), block.right(row));
-        // Strips of keys below look at whole columns of this tile: what this row does not attend of them is 0.
-        clear(prob, dscore, std::max(0, key_begin - MR), r.first());
-        clear(prob, dscore, r.last(), std::min(BLOCK_K, key_end + MR));
-      }
+  struct Gradient { vf prob, dscore; };
+
+  // Of VL scores and gradients of probabilities; dscore is times the scale, as dq and dk need it.
+  template <bool PARTIAL>
+  Gradient differentiate(const Row& row, int c, vf score, vf dprob) const {
+    vf logit, slope = splat(1.f);
+    if (p.softcap > 0) {
+      vf t = tanhv(score * (p.scale / p.softcap));
+      logit = t * (p.softcap * LOG2E) + row.minus_lse;
+      slope = 1.f - t * t;
+    } else {
+      logit = score * (p.scale * LOG2E) + row.minus_lse;
     }
-    for (int64_t c = 0; c < x.k_across.columns; c += NR)
-      for (int i = 0; i < count; i++) {
-        const Strip& r = strips[i];
-        multiply<true>(r.rows, r.end - r.begin, place(s.dscores, r.row) + r.begin, LEAD, 1, k_across + c * x.k_across.tokens + r.begin * NR,
-                       dq + r.row * x.k_across.columns + c, x.k_across.columns);
+    vf prob = exp2v(logit), dscore = prob * (dprob * p.scale - row.delta);
+    if (p.softcap > 0) dscore = dscore * slope;
+    if (PARTIAL) {
+      vi attended = inside(c, row.r0, row.r1);
+      prob = attended ? prob : vf{}, dscore = attended ? dscore : vf{};
+    }
+    return {prob, dscore};
+  }
+
+  // E::n rows from row r of a tile whose memory begins at row `base`; columns [begin, end), whole vectors.
+  void differentiate_rows(const BandBlock& block, int64_t base, int64_t r, int64_t h, int begin, int end) const {
+    float *score = s.scores + (r - base) * LEAD, *dscore = s.dscores + (r - base) * LEAD;
+    Row row[E::n];
+    for (int i = 0; i < E::n; i++) row[i] = row_of_tile(block, r + i, h);
+    int full_begin = end, full_end = begin;
+    for (int i = 0; i < E::n; i++) {
+      full_begin = i ? std::max(full_begin, row[i].r0) : row[i].r0;
+      full_end = i ? std::min(full_end, row[i].r1) : row[i].r1;
+    }
+    auto act = [&](int c, auto partial) {
+      Gradient x[E::n];
+      for (int i = 0; i < E::n; i++) x[i] = differentiate<partial>(row[i], c, load(score + i * LEAD + c), load(dscore + i * LEAD + c));
+      for (int i = 0; i < E::n; i++) E::put(dscore + i * LEAD, c, x[i].dscore);
+      if constexpr (E::n == 1) {
+        store(score + c, x[0].prob);
+      } else {
+        store(score + c, E::zip(x[0].prob, x[1].prob));
+        store(score + LEAD + c, E::zip(x[0].dscore, x[1].dscore));
       }
-    to_keys(s.probs, s.dv, x.dout_across, block, h, strips, count);
-    to_keys(s.dscores, s.dk, x.q_across, block, h, strips, count);
+    };
+    full_begin = std::min(end, (full_begin + VL - 1) / VL * VL), full_end = full_end / VL * VL;
+    int c = begin;
+    for (; c < full_begin; c += VL) act(c, std::true_type{});
+    for (; c < full_end; c += VL) act(c, std::false_type{});
+    for (; c < end; c += VL) act(c, std::true_type{});
+    // Strips of keys look at a row up to MR - 1 columns (in pairs, one more) away from what it attends: there it is 0.
+    constexpr int around = (MR + VL) / VL * VL;
+    for (int i = 0; i < E::n; i++)
+      for (float* x : {score + i * LEAD, dscore + i * LEAD}) {
+        if (E::n == 2 && x == dscore + i * LEAD) continue;
+        std::fill(x + std::max(0, begin - around), x + begin, 0.f);
+        std::fill(x + end, x + std::min(BLOCK_K, end + around), 0.f);
+      }
+  }
+
+  // A tile of queries of one head against the packed block of keys.
+  void tile(const BandBlock& block, const Strip* strips, int count, int64_t h) const {
+    int64_t base = block.a / E::n * E::n, skipped = block.a - base;
+    copy_rows<T, E>(p.q, block.a, block.b, h, s.in, s.q_rows + skipped * s.in.stride);
+    copy_rows<D, E>(in.dout, block.a, block.b, h, s.out, s.dout_rows + skipped * s.out.stride);
+    pack_across<E>(s.q_rows, s.in, TILE_Q, (int)skipped, (int)(block.b - base), s.q_across);
+    pack_across<E>(s.dout_rows, s.out, TILE_Q, (int)skipped, (int)(block.b - base), s.dout_across);
+    auto along = [&](const float* rows, const Columns<E>& columns, const float* panels, float* to) {
+      each_panel(strips, count, [&](int c, int vectors, const Strip& x) {
+        multiply<E, false>(x.rows, vectors, (int)columns.words, rows + (x.row - base) * columns.stride, columns.stride, 1,
+                           panels + c / NR * NR * columns.stride + c % NR, to + (x.row - base) * LEAD + c, LEAD);
+      });
+    };
+    along(s.q_rows, s.in, s.k_along, s.scores);
+    along(s.dout_rows, s.out, s.v_along, s.dscores);
+    for (int i = 0; i < count; i++)
+      for (int64_t r = strips[i].row / E::n * E::n; r < strips[i].row + strips[i].rows; r += E::n)
+        differentiate_rows(block, base, r, h, strips[i].first(), strips[i].last());
+    to_queries(block, base, strips, count, h);
+    to_keys(s.probs_across(), s.dout_across, s.out, s.dv, block, base, strips, count);
+    to_keys(s.dscores_across(), s.q_across, s.in, s.dk, block, base, strips, count);
+  }
+
+  // dq += dS K.
+  void to_queries(const BandBlock& block, int64_t base, const Strip* strips, int count, int64_t h) const {
+    int64_t a = strips[0].row, b = strips[count - 1].row + strips[count - 1].rows;
+    float* dq = s.dq + (a - base) * s.in.padded;
+    std::fill(dq, dq + (b - a) * s.in.padded, 0.f);
+    for (int64_t c = 0; c < s.in.padded; c += NR)
+      for (int i = 0; i < count; i++) {
+        const Strip& x = strips[i];
+        add_product<E>(x.rows, s.in.vectors(c), x.begin, x.end, s.dscores + (x.row - base) * LEAD, LEAD, 1,
+                       s.k_across + c * (BLOCK_K / E::n), dq + (x.row - a) * s.in.padded + c, s.in.padded);
+      }
+    int64_t part = parts.of_block(block.kb / BLOCK_K);
+    for (int64_t r = a; r < b; r++, dq += s.in.padded) {
+      float* dst = parts.dq_row(part, r, h);
+      for (int64_t e = 0; e < p.d; e++) dst[e] += dq[e];
+    }
   }
 
   // sums [keys, columns] += weights^T [keys, queries] rows [queries, columns], over the queries of the tile's strips.
-  void to_keys(const Buffer& weights, const Buffer& sums, const Packed& rows, const BandBlock& block, int64_t h, const Strip* strips,
-               int count) const {
+  void to_keys(const float* weights, const float* rows, const Columns<E>& columns, float* sums, const BandBlock& block, int64_t base,
+               const Strip* strips, int count) const {
     const Band& band = block.band;
     int key_begin = block.left(block.a), key_end = block.right(block.b - 1);
-    int64_t a = strips[0].row, b = strips[count - 1].row + strips[count - 1].rows;  // strips that attend something are neighbours
-    for (int64_t e = 0; e < rows.columns; e += NR)
+    int64_t a = strips[0].row, b = strips[count - 1].row + strips[count - 1].rows;
+    for (int64_t e = 0; e < columns.padded; e += NR)
       for (int c = key_begin; c < key_end; c += MR) {
         int num = std::min(MR, key_end - c);
         int64_t from = std::max(a, block.kb + c - band.hi), to = std::min(b, block.kb + c + num - band.lo);
         if (from < to)
-          multiply<true>(num, (int)(to - from), weights + (from - block.a) * LEAD + c, 1, LEAD,
-                         rows.head(h) + e * rows.tokens + from * NR, sums + c * rows.columns + e, rows.columns);
+          add_product<E>(num, columns.vectors(e), from - base, to - base, weights + c, 1, E::n * LEAD, rows + e * (TILE_Q / E::n),
+                         sums + c * columns.padded + e, columns.padded);
       }
   }
 
-  static void clear(float* prob, float* dscore, int begin, int end) {
-    if (begin >= end) return;
-    std::fill(prob + begin, prob + end, 0.f);
-    std::fill(dscore + begin, dscore + end, 0.f);
+  // All queries against one block of keys.
+  void block(int64_t number, int64_t kv) const {
+    int64_t kb = number * BLOCK_K, group = p.hq / p.hk, end = std::min(kb + BLOCK_K, p.num_k);
+    int first = BLOCK_K, last = 0;
+    each_tile(number, [&](const BandBlock& x, const Strip*, int) {
+      first = std::min(first, x.left(x.a)), last = std::max(last, x.right(x.b - 1));
+    });
+    std::fill(s.dk + 0, s.dk + BLOCK_K * s.in.padded, 0.f);
+    std::fill(s.dv + 0, s.dv + BLOCK_K * s.out.padded, 0.f);
+    if (first < last) {
+      copy_rows<T, E>(p.k, kb + first, kb + last, kv, s.in, s.rows + first * s.in.stride);
+      pack_along<E>(s.rows, s.in, first, last, s.k_along);
+      pack_across<E>(s.rows, s.in, BLOCK_K, first, last, s.k_across);
+      copy_rows<T, E>(p.v, kb + first, kb + last, kv, s.out, s.rows + first * s.out.stride);
+      pack_along<E>(s.rows, s.out, first, last, s.v_along);
+    }
+    each_tile(number, [&](const BandBlock& x, const Strip* strips, int count) {
+      for (int64_t g = 0; g < group; g++) tile(x, strips, count, kv * group + g);
+    });
+    for (int64_t c = kb; c < end; c++) {
+      const float *dk = s.dk + (c - kb) * s.in.padded, *dv = s.dv + (c - kb) * s.out.padded;
+      std::copy(dk, dk + p.d, in.dk + (c * p.hk + kv) * p.d);
+      std::copy(dv, dv + p.dv, in.dv + (c * p.hk + kv) * p.dv);
+    }
   }
 
-  // All queries against one block of keys.
-  void block(const Scratch& s, const TileBands& index, int64_t number, int64_t kv, float* dq_of_unit, int64_t dq_head) const {
-    int64_t kb = number * BLOCK_K, group = p.hq / p.hk, end = std::min(kb + BLOCK_K, p.num_k);
-    std::fill(s.dk + 0, s.dk + BLOCK_K * x.q_across.columns, 0.f);
-    std::fill(s.dv + 0, s.dv + BLOCK_K * x.dout_across.columns, 0.f);
+  // act(band cut to tile and block, its strips, their number), where there are any.
+  template <class Act>
+  void each_tile(int64_t number, Act&& act) const {
+    int64_t kb = number * BLOCK_K;
     for (int64_t at = index.first[number]; at < index.first[number + 1]; at++) {
       const Band& band = p.bands[index.list[at]];
-      int64_t k0 = std::max(kb, band.k0), k1 = std::min(end, band.k1);
-      int64_t begin = std::max(band.q0, k0 - band.hi), stop = std::min(band.q1, k1 - band.lo);
-      for (int64_t g = 0; g < group; g++)
-        for (int64_t q0 = begin / TILE_Q * TILE_Q; q0 < stop; q0 += TILE_Q)
-          tile(s, {band, std::max(begin, q0), std::min(stop, q0 + TILE_Q), kb}, kv * group + g, kv, dq_of_unit + g * dq_head);
-    }
-    for (int64_t c = kb; c < end; c++) {
-      const float *dk = s.dk + (c - kb) * x.q_across.columns, *dv = s.dv + (c - kb) * x.dout_across.columns;
-      for (int64_t e = 0; e < p.d; e++) in.dk[(c * p.hk + kv) * p.d + e] = dk[e] * p.scale;
-      for (int64_t e = 0; e < p.dv; e++) in.dv[(c * p.hk + kv) * p.dv + e] = dv[e];
+      Range q = queries_of(p, band, number);
+      for (int64_t q0 = q.begin / TILE_Q * TILE_Q; q0 < q.end; q0 += TILE_Q) {
+        BandBlock block{band, std::max(q.begin, q0), std::min(q.end, q0 + TILE_Q), kb};
+        Strip strips[MAX_STRIPS];
+        if (int count = block.strips(strips)) act(block, strips, count);
+      }
     }
   }
 };
 
-// Borders of partitions of the k blocks, of about equal area.
-std::vector<int64_t> partition(const Problem& p, const TileBands& index, int64_t blocks, int64_t parts) {
-  std::vector<double> work(blocks + 1, 0.0);
-  for (int64_t b = 0; b < blocks; b++) {
-    double cells = 1;
-    for (int64_t x = index.first[b]; x < index.first[b + 1]; x++) {
-      const Band& band = p.bands[index.list[x]];
-      int64_t k0 = std::max(b * BLOCK_K, band.k0), k1 = std::min((b + 1) * BLOCK_K, band.k1);
-      cells += (double)(std::min(band.q1, k1 - band.lo) - std::max(band.q0, k0 - band.hi));
-    }
-    work[b + 1] = work[b] + cells;
-  }
-  std::vector<int64_t> borders(parts + 1, blocks);
-  for (int64_t i = 0, b = 0; i < parts; i++) {
-    while (b < blocks && work[b] < work[blocks] * i / parts) b++;
-    borders[i] = b;
-  }
-  return borders;
-}
-
-// The queries [first, last) that attend keys of a partition: only these rows of its dq are ever touched.
-struct Reach { int64_t first, last; };
-
-std::vector<Reach> reach_of(const Problem& p, const TileBands& index, const std::vector<int64_t>& borders) {
-  std::vector<Reach> reach;
-  for (size_t part = 0; part + 1 < borders.size(); part++) {
-    Reach r{p.num_q, 0};
-    for (int64_t b = borders[part]; b < borders[part + 1]; b++)
-      for (int64_t x = index.first[b]; x < index.first[b + 1]; x++) {
-        const Band& band = p.bands[index.list[x]];
-        int64_t k0 = std::max(b * BLOCK_K, band.k0), k1 = std::min((b + 1) * BLOCK_K, band.k1);
-        r.first = std::min(r.first, std::max(band.q0, k0 - band.hi));
-        r.last = std::max(r.last, std::min(band.q1, k1 - band.lo));
-      }
-    reach.push_back(r);
-  }
-  return reach;
-}
-
-void add_partitions(const Problem& p, const BackwardInput& in, const Packed& dq, const std::vector<Reach>& reach, int64_t columns) {
-  int64_t group = p.hq / p.hk, parts = (int64_t)reach.size();
-  constexpr int64_t block = 64;
-  parallel(ceil_div(p.num_q, block), p.threads, [&](int64_t task, int) {
-    for (int64_t t = task * block; t < std::min(p.num_q, (task + 1) * block); t++)
-      for (int64_t h = 0; h < p.hq; h++) {
-        float* dst = in.dq + (t * p.hq + h) * p.d;
-        if (!in.add_to_dq) std::fill(dst, dst + p.d, 0.f);
-        for (int64_t part = 0; part < parts; part++) {
-          if (t < reach[part].first || t >= reach[part].last) continue;
-          const float* src = dq.head(((h / group) * parts + part) * group + h % group) + t * columns;
-          for (int64_t c = 0; c < p.d; c++) dst[c] += src[c] * p.scale;
-        }
-      }
-  });
-}
-
 template <class T, class D>
 void run(const Problem& p, const BackwardInput& in) {
-  auto padded = [](int64_t n) { return ceil_div(n, NR) * NR; };
-  int64_t tq = p.num_q, tk = padded(p.num_k), d = padded(p.d), dv = padded(p.dv), group = p.hq / p.hk;
-  Rows q_rows = make_rows<T>(p.q, tq, p.d, p.hq, p.threads), dout_rows = make_rows<D>(in.dout, tq, p.dv, p.hq, p.threads);
-  Packed q_across(tq, d, p.hq), dout_across(tq, dv, p.hq);
-  Packed k_along(tk, p.d, p.hk), v_along(tk, p.dv, p.hk), k_across(tk, d, p.hk);
-  pack_across<T>(p.q, tq, p.d, 1.f, q_across, p.threads);
-  pack_across<D>(in.dout, tq, p.dv, 1.f, dout_across, p.threads);
-  pack_along<T>(p.k, p.num_k, p.d, p.scale * LOG2E, k_along, p.threads);
-  pack_along<T>(p.v, p.num_k, p.dv, 1.f, v_along, p.threads);
-  pack_across<T>(p.k, p.num_k, p.d, 1.f, k_across, p.threads);
-  Operands operands{q_rows, dout_rows, k_along, v_along, k_across, q_across, dout_across};
-  Kernel kernel{p, in, operands};
-
+  typedef typename std::conditional<std::is_same<T, D>::value, typename ProductOf<T>::type, Single>::type E;
   TileBands index(p, false, BLOCK_K);
-  int64_t blocks = ceil_div(p.num_k, BLOCK_K);
-  int64_t parts = std::max<int64_t>(1, std::min(blocks, ceil_div(UNITS_WANTED, p.hk)));
-  auto borders = partition(p, index, blocks, parts);
-  Packed dq(tq, d, p.hk * parts * group);
-  auto reach = reach_of(p, index, borders);
-  std::vector<std::unique_ptr<Scratch>> scratch(std::min<int64_t>(p.threads, p.hk * parts));
-  for (auto& s : scratch) s = std::make_unique<Scratch>(d, dv);
-  parallel(p.hk * parts, p.threads, [&](int64_t unit, int worker) {
-    int64_t kv = unit / parts, part = unit % parts;
-    float* own_dq = dq.head(unit * group);
-    for (int64_t g = 0; g < group && reach[part].first < reach[part].last; g++)
-      std::fill(own_dq + g * dq.head_size + reach[part].first * d, own_dq + g * dq.head_size + reach[part].last * d, 0.f);
-    for (int64_t b = borders[part]; b < borders[part + 1]; b++) kernel.block(*scratch[worker], index, b, kv, own_dq, dq.head_size);
+  Partitions parts(p, in, index);
+  int64_t units = p.hk * parts.count();
+  std::vector<std::unique_ptr<Scratch<E>>> scratch(std::min<int64_t>(p.threads, units));
+  for (auto& s : scratch) s = std::make_unique<Scratch<E>>(p.d, p.dv);
+  parts.clear();
+  parallel(units, p.threads, [&](int64_t unit, int worker) {
+    Kernel<T, D, E> kernel{p, in, index, parts, *scratch[worker]};
+    Range blocks = parts.blocks(unit / p.hk);
+    for (int64_t b = blocks.begin; b < blocks.end; b++) kernel.block(b, unit % p.hk);
   });
-  add_partitions(p, in, dq, reach, d);
+  parts.add_up();
 }
 
 template <class T>

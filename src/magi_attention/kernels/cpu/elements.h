@@ -1,4 +1,4 @@
-// Elements of the caller's tensors: float, bfloat16, half. All arithmetic is in float.
+// Elements of the caller's tensors: float, bfloat16, half; to and from float.
 #pragma once
 #include <cstdint>
 #include <cstring>

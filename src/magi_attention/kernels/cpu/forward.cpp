@@ -1,173 +1,260 @@
-// Forward: a task is a tile of queries of one head; online softmax over blocks of keys (Milakov and Gimelshein 2018; Dao et al. 2022).
+// Forward: online softmax over blocks of keys (Milakov and Gimelshein 2018; Dao et al. 2022). A task is a stretch of queries and the heads that
+// share one head of keys: each block of keys and values that it attends is packed once for all of them.
 #include <algorithm>
+#include <memory>
 #include <new>
 
 #include "attention.h"
+#include "bands.h"
 #include "pack.h"
 
 namespace {
 
-// One tile's running softmax: logits are in units of log 2.
-struct Tile {
-  Buffer q, scores, out;
-  float top[TILE_Q], total[TILE_Q], raw_top;
-  Tile(int64_t d, int64_t dv) : q(TILE_Q * d), scores(TILE_Q * LEAD), out(TILE_Q * dv) {}
-};
+constexpr int64_t ROWS_WANTED = 960;  // queries x heads of a stretch: they pay for packing, and their outputs stay in the caches
 
-struct Kernel {
-  const Problem& p;
-  const Packed &keys, &values;  // along, across
-  bool wants_raw;
+// One tile of a stretch against one block of keys, by one band.
+struct Job { int32_t block, tile; int64_t band; };
 
-  // Scores of one row to probabilities, columns [r0, r1) of the panels [begin, end); the rest become 0.
-  void soften(Tile& t, int64_t j, float* s, int begin, int end, int r0, int r1) const {
-    if (p.softcap > 0) cap(t, s, begin, end, r0, r1);
-    vf top = splat(-INFINITY);
-    int c = begin;
-    for (; c < end; c += VL) {
-      vf x = load(s + c);
-      if (c < r0 || c + VL > r1) {
-        x = inside(c, r0, r1) ? x : splat(-INFINITY);
-        store(s + c, x);
-      }
-      top = vmax(top, x);
-    }
-    float new_top = largest(top);
-    if (new_top > t.top[j]) {
-      float shrink = std::exp2(t.top[j] - new_top);
-      t.top[j] = new_top;
-      t.total[j] *= shrink;
-      float* o = t.out + j * values.columns;
-      for (int64_t e = 0; e < values.columns; e += VL) store(o + e, load(o + e) * shrink);
-    }
-    vf minus_top = splat(-t.top[j]), total{};
-    for (c = begin; c < end; c += VL) {
-      vf e = exp2v(load(s + c) + minus_top);
-      total += e;
-      store(s + c, e);
-    }
-    t.total[j] += sum(total);
-  }
-
-  void cap(Tile& t, float* s, int begin, int end, int r0, int r1) const {
-    vf raw = splat(-INFINITY);
-    for (int c = begin; c < end; c += VL) {
-      vf x = load(s + c);
-      raw = vmax(raw, inside(c, r0, r1) ? x : splat(-INFINITY));
-      store(s + c, tanhv(x * (LN2 / p.softcap)) * (p.softcap * LOG2E));
-    }
-    if (wants_raw) t.raw_top = std::max(t.raw_top, largest(raw));
-  }
-
-  void attend(Tile& t, const Band& band, int64_t q0, int64_t q1, int64_t kv_head) const {
-    int64_t a = std::max(band.q0, q0), b = std::min(band.q1, q1);
-    int64_t first = std::max(band.k0, a + band.lo), last = std::min(band.k1, b + band.hi);
-    Strip strips[TILE_Q / MR];
-    for (int64_t kb = first / BLOCK_K * BLOCK_K; kb < last; kb += BLOCK_K) {
-      BandBlock block{band, a, b, kb};
-      int count = block.strips(strips);
-      const float *keys_of_block = keys.head(kv_head) + kb * keys.columns, *values_of_block = values.head(kv_head) + kb * NR;
-      each_panel(strips, count, [&](int c, const Strip& s) {
-        multiply<false>(s.rows, (int)p.d, t.q + (s.row - q0) * p.d, p.d, 1, keys_of_block + c * keys.columns,
-                        t.scores + (s.row - q0) * LEAD + c, LEAD);
-      });
-      for (int i = 0; i < count; i++)
-        for (int r = 0; r < strips[i].rows; r++) soften_row(t, block, strips[i], strips[i].row + r, q0);
-      for (int64_t c = 0; c < values.columns; c += NR)
-        for (int i = 0; i < count; i++) {
-          const Strip& s = strips[i];
-          multiply<true>(s.rows, s.end - s.begin, t.scores + (s.row - q0) * LEAD + s.begin, LEAD, 1,
-                         values_of_block + c * values.tokens + s.begin * NR, t.out + (s.row - q0) * values.columns + c, values.columns);
-        }
-    }
-  }
-
-  void soften_row(Tile& t, const BandBlock& block, const Strip& s, int64_t r, int64_t q0) const {
-    float* row = t.scores + (r - q0) * LEAD;
-    int r0 = std::max(block.left(r), s.begin), r1 = std::min(block.right(r), s.end);
-    if (r0 >= r1) std::fill(row + s.first(), row + s.last(), 0.f);
-    else soften(t, r - q0, row, s.first(), s.last(), r0, r1);
+// What a worker needs for a stretch. Rows of queries are (head of the group, query); logits are in units of log 2.
+struct Scratch {
+  Buffer rows, keys, values, q, scores, out, top, total, raw_top;  // total: VL partial sums a row
+  std::vector<Job> jobs;
+  template <class E>
+  Scratch(const Columns<E>& k, const Columns<E>& v, int64_t num_rows, int64_t max_jobs)
+      : rows(BLOCK_K * std::max(k.stride, v.stride)), keys(BLOCK_K * k.stride), values(BLOCK_K / E::n * v.padded), q(TILE_Q * k.stride),
+        scores(TILE_Q * LEAD), out(num_rows * v.padded), top(num_rows), total(num_rows * VL), raw_top(num_rows) {
+    jobs.reserve(max_jobs);
   }
 };
 
 // The larger; NaN where one is.
 float larger(float a, float b) { return a > b || std::isnan(a) ? a : b; }
 
-// Of the rows' logits, times log2 e. A NaN among them is in its row's total.
-float top_of(const Tile& t, bool capped) {
-  float top = capped ? t.raw_top : -INFINITY;
-  for (int j = 0; j < TILE_Q; j++) top = larger(top, std::isnan(t.total[j]) ? t.total[j] : capped ? -INFINITY : t.top[j]);
-  return top;
-}
-
 template <class T>
-void finish(const Problem& p, const ForwardOutput& o, const Tile& t, int64_t q0, int64_t q1, int64_t h, int64_t columns) {
-  for (int64_t r = q0; r < q1; r++) {
-    int64_t j = r - q0, at = r * p.hq + h;
-    const float* src = t.out + j * columns;
-    bool any = t.total[j] != 0;
-    float lse = any ? (t.top[j] + std::log2(t.total[j])) * LN2 : -INFINITY, weight = any ? 1.f / t.total[j] : 0.f;
-    if (o.merge) {
-      float *dst = o.out_wide + at * p.dv, before = o.lse[at];
-      if (!any) continue;
-      float merged = std::max(before, lse) + std::log1p(std::exp(-std::abs(before - lse)));
-      float keep = std::exp(before - merged);
-      weight *= std::exp(lse - merged);
-      for (int64_t c = 0; c < p.dv; c++) dst[c] = dst[c] * keep + src[c] * weight;
-      o.lse[at] = merged;
-      continue;
-    }
-    o.lse[at] = lse;
-    if (o.out_wide)
-      for (int64_t c = 0; c < p.dv; c++) o.out_wide[at * p.dv + c] = src[c] * weight;
-    else
-      for (int64_t c = 0; c < p.dv; c++) narrow(src[c] * weight, (T*)o.out_narrow + at * p.dv + c);
+struct Kernel {
+  typedef typename ProductOf<T>::type E;
+  const Problem& p;
+  const ForwardOutput& o;
+  const TileBands& index;
+  int64_t tiles_wanted;  // of a stretch
+  Columns<E> k_columns{p.d}, v_columns{p.dv};
+
+  int64_t group() const { return p.hq / p.hk; }
+  int64_t stretches() const { return ceil_div(p.num_q, tiles_wanted * TILE_Q); }
+
+  // act(job) for all jobs of a stretch.
+  template <class Act>
+  void each_job(int64_t stretch, Act&& act) const {
+    int64_t begin = stretch * tiles_wanted, end = std::min(begin + tiles_wanted, ceil_div(p.num_q, TILE_Q));
+    for (int64_t tile = begin; tile < end; tile++)
+      for (int64_t x = index.first[tile]; x < index.first[tile + 1]; x++) {
+        const Band& b = p.bands[index.list[x]];
+        int64_t first = std::max(b.q0, tile * TILE_Q), last = std::min(b.q1, (tile + 1) * TILE_Q);
+        int64_t k_end = std::min(b.k1, last + b.hi);
+        for (int64_t block = std::max(b.k0, first + b.lo) / BLOCK_K; block * BLOCK_K < k_end; block++)
+          act(Job{(int32_t)block, (int32_t)(tile - begin), index.list[x]});
+      }
   }
+
+  // A stretch and the heads of one kv head.
+  struct Stretch {
+    const Kernel& kernel;
+    Scratch& s;
+    int64_t q0, q1, kv;
+
+    int64_t row_of_head(int64_t g) const { return g * (q1 - q0); }
+    BandBlock cut(const Job& job) const {
+      const Band& band = kernel.p.bands[job.band];
+      int64_t begin = q0 + job.tile * TILE_Q;
+      return {band, std::max(band.q0, begin), std::min({band.q1, begin + TILE_Q, q1}), (int64_t)job.block * BLOCK_K};
+    }
+
+    void run(int64_t stretch) const {
+      const auto& k = kernel;
+      int64_t rows = k.group() * (q1 - q0);
+      std::fill(s.out + 0, s.out + rows * k.v_columns.padded, 0.f);
+      std::fill(s.top + 0, s.top + rows, -INFINITY);
+      std::fill(s.raw_top + 0, s.raw_top + rows, -INFINITY);
+      std::fill(s.total + 0, s.total + rows * VL, 0.f);
+      s.jobs.clear();
+      k.each_job(stretch, [&](const Job& job) { s.jobs.push_back(job); });
+      std::sort(s.jobs.begin(), s.jobs.end(), [](const Job& x, const Job& y) {
+        return std::tie(x.block, x.tile, x.band) < std::tie(y.block, y.tile, y.band);
+      });
+      for (size_t first = 0, last; first < s.jobs.size(); first = last) {
+        int begin = BLOCK_K, end = 0;
+        for (last = first; last < s.jobs.size() && s.jobs[last].block == s.jobs[first].block; last++) {
+          BandBlock block = cut(s.jobs[last]);
+          begin = std::min(begin, block.left(block.a)), end = std::max(end, block.right(block.b - 1));
+        }
+        if (begin >= end) continue;
+        pack(s.jobs[first].block * (int64_t)BLOCK_K, begin, end);
+        for (size_t i = first; i < last; i++) attend(cut(s.jobs[i]));
+      }
+      for (int64_t g = 0; g < k.group(); g++)
+        for (int64_t r = q0; r < q1; r++) finish(r, kv * k.group() + g, row_of_head(g) + r - q0);
+    }
+
+    void pack(int64_t kb, int begin, int end) const {
+      const auto& k = kernel;
+      auto rows_of = [&](const View& x, const Columns<E>& columns) {
+        copy_rows<T, E>(x, kb + begin, kb + end, kv, columns, s.rows + begin * columns.stride);
+        return s.rows + 0;
+      };
+      pack_along<E>(rows_of(k.p.k, k.k_columns), k.k_columns, begin, end, s.keys);
+      pack_across<E>(rows_of(k.p.v, k.v_columns), k.v_columns, BLOCK_K, begin, end, s.values);
+    }
+
+    void attend(const BandBlock& block) const {
+      const auto& k = kernel;
+      const Columns<E>&in = k.k_columns, &out = k.v_columns;
+      Strip strips[MAX_STRIPS];
+      int count = block.strips(strips);
+      auto scores = [&](int64_t row) { return s.scores + (row - block.a) * LEAD; };
+      for (int64_t g = 0; g < k.group() && count; g++) {
+        int64_t to = row_of_head(g) - q0;
+        copy_rows<T, E>(k.p.q, block.a, block.b, kv * k.group() + g, in, s.q);
+        each_panel(strips, count, [&](int c, int vectors, const Strip& x) {
+          multiply<E, false>(x.rows, vectors, (int)in.words, s.q + (x.row - block.a) * in.stride, in.stride, 1,
+                             s.keys + c / NR * NR * in.stride + c % NR, scores(x.row) + c, LEAD);
+        });
+        for (int i = 0; i < count; i++)
+          for (int64_t r = strips[i].row; r < strips[i].row + strips[i].rows; r++)
+            soften(to + r, scores(r), strips[i].first(), strips[i].last(), block.left(r), block.right(r));
+        for (int64_t c = 0; c < out.padded; c += NR)
+          for (int i = 0; i < count; i++) {
+            const Strip& x = strips[i];
+            add_product<E>(x.rows, out.vectors(c), x.begin, x.end, scores(x.row), LEAD, 1, s.values + c * (BLOCK_K / E::n),
+                           s.out + (to + x.row) * out.padded + c, out.padded);
+          }
+      }
+    }
+
+    // Scores of one row to probabilities, in place, as words: columns [r0, r1) of [begin, end); the rest become 0.
+    void soften(int64_t j, float* row, int begin, int end, int r0, int r1) const {
+      if (r0 >= r1) r0 = r1 = end;
+      else accumulate(j, row, r0, r1);
+      for (int c = begin; c < r0 / VL * VL; c += VL) E::put(row, c, vf{});
+      for (int c = (r1 + VL - 1) / VL * VL; c < end; c += VL) E::put(row, c, vf{});
+    }
+
+    void accumulate(int64_t j, float* row, int r0, int r1) const {
+      const Problem& p = kernel.p;
+      float factor = p.scale * LOG2E;
+      if (p.softcap > 0) {
+        cap(j, row, r0, r1);
+        factor = LOG2E;
+      }
+      vf highest = splat(-INFINITY);
+      each_vector(r0, r1, [&](int c, auto partial) {
+        vf x = load(row + c) * factor;
+        if (partial) x = inside(c, r0, r1) ? x : splat(-INFINITY);
+        store(row + c, x);  // rounded: the largest less itself must be 0
+        highest = vmax(highest, x);
+      });
+      float new_top = largest(highest), *total = s.total + j * VL;
+      if (new_top > s.top[j]) {
+        if (s.top[j] > -INFINITY) {
+          float shrink = std::exp2(s.top[j] - new_top), *out = s.out + j * kernel.v_columns.padded;
+          store(total, load(total) * shrink);
+          for (int64_t e = 0; e < kernel.v_columns.padded; e += VL) store(out + e, load(out + e) * shrink);
+        }
+        s.top[j] = new_top;
+      }
+      vf top = splat(s.top[j]), sums = load(total);
+      for (int c = r0 / VL * VL; c < r1; c += VL) {
+        vf e = exp2v(load(row + c) - top);
+        sums += e;
+        E::put(row, c, e);
+      }
+      store(total, sums);
+    }
+
+    void cap(int64_t j, float* row, int r0, int r1) const {
+      const Problem& p = kernel.p;
+      vf raw = splat(-INFINITY);
+      for (int c = r0 / VL * VL; c < r1; c += VL) {
+        vf x = load(row + c) * p.scale;
+        raw = vmax(raw, inside(c, r0, r1) ? x : splat(-INFINITY));
+        store(row + c, tanhv(x * (1.f / p.softcap)) * p.softcap);
+      }
+      s.raw_top[j] = std::max(s.raw_top[j], largest(raw) * LOG2E);
+    }
+
+    void finish(int64_t r, int64_t h, int64_t j) const {
+      const Problem& p = kernel.p;
+      const ForwardOutput& o = kernel.o;
+      int64_t at = r * p.hq + h;
+      const float* src = s.out + j * kernel.v_columns.padded;
+      float total = sum(s.total + j * VL);
+      s.total[j * VL] = total;
+      bool any = total != 0;
+      float lse = any ? (s.top[j] + std::log2(total)) * LN2 : -INFINITY, weight = any ? 1.f / total : 0.f;
+      if (o.merge) {
+        float *dst = o.out_wide + at * p.dv, before = o.lse[at];
+        if (!any) return;
+        float merged = std::max(before, lse) + std::log1p(std::exp(-std::abs(before - lse)));
+        float keep = std::exp(before - merged);
+        weight *= std::exp(lse - merged);
+        for (int64_t c = 0; c < p.dv; c++) dst[c] = dst[c] * keep + src[c] * weight;
+        o.lse[at] = merged;
+        return;
+      }
+      o.lse[at] = lse;
+      if (o.out_wide)
+        for (int64_t c = 0; c < p.dv; c++) o.out_wide[at * p.dv + c] = src[c] * weight;
+      else
+        for (int64_t c = 0; c < p.dv; c++) narrow(src[c] * weight, (T*)o.out_narrow + at * p.dv + c);
+    }
+
+    // The largest logit of a head, times log2 e, before the softcap. A NaN among them is in its row's total.
+    float top_of(int64_t g) const {
+      float top = -INFINITY;
+      bool capped = kernel.p.softcap > 0;
+      for (int64_t j = row_of_head(g); j < row_of_head(g + 1); j++) {
+        float total = s.total[j * VL];
+        top = larger(top, std::isnan(total) ? total : capped ? s.raw_top[j] : s.top[j]);
+      }
+      return top;
+    }
+  };
+};
+
+// Results do not depend on how long stretches are: where there are few for the threads, they are shorter.
+int64_t tiles_of_a_stretch(const Problem& p) {
+  int64_t tiles = std::max<int64_t>(1, ROWS_WANTED / (p.hq / p.hk) / TILE_Q);
+  while (tiles > 1 && ceil_div(p.num_q, tiles * TILE_Q) * p.hk < 8 * p.threads) tiles = (tiles + 1) / 2;
+  return tiles;
 }
 
 template <class T>
 void run(const Problem& p, const ForwardOutput& o) {
-  int64_t k_tokens = ceil_div(p.num_k, NR) * NR, columns = ceil_div(p.dv, NR) * NR;
-  Packed keys(k_tokens, p.d, p.hk), values(k_tokens, columns, p.hk);
-  pack_along<T>(p.k, p.num_k, p.d, 1.f, keys, p.threads);
-  pack_across<T>(p.v, p.num_k, p.dv, 1.f, values, p.threads);
-  Kernel kernel{p, keys, values, o.max_logits && p.softcap > 0};
   TileBands index(p, true, TILE_Q);
-  int64_t tiles = ceil_div(p.num_q, TILE_Q), count = tiles * p.hq;
+  Kernel<T> kernel{p, o, index, tiles_of_a_stretch(p)};
+  int64_t stretches = kernel.stretches(), count = stretches * p.hk, group = kernel.group();
 
-  // Longest tiles first, the heads of one kv head together.
-  std::vector<int64_t> work(tiles, 0), order(tiles);
-  for (int64_t t = 0; t < tiles; t++) {
-    order[t] = t;
-    for (int64_t x = index.first[t]; x < index.first[t + 1]; x++) {
-      const Band& b = p.bands[index.list[x]];
-      work[t] += std::min(b.k1, (t + 1) * TILE_Q + b.hi) - std::max(b.k0, t * TILE_Q + b.lo);
-    }
+  // Longest stretches first, the kv heads of one together.
+  std::vector<int64_t> work(stretches, 0), order(stretches);
+  for (int64_t i = 0; i < stretches; i++) {
+    order[i] = i;
+    kernel.each_job(i, [&](const Job&) { work[i]++; });
   }
   std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return work[x] > work[y]; });
 
-  std::vector<float> tops(o.max_logits ? count : 0, -INFINITY);
-  std::vector<std::unique_ptr<Tile>> scratch(std::min<int64_t>(p.threads, count));
-  for (auto& t : scratch) t = std::make_unique<Tile>(p.d, columns);
+  int64_t queries = kernel.tiles_wanted * TILE_Q;
+  std::vector<float> tops(o.max_logits ? stretches * p.hq : 0, -INFINITY);
+  std::vector<std::unique_ptr<Scratch>> scratch(std::min<int64_t>(p.threads, count));
+  for (auto& s : scratch) s = std::make_unique<Scratch>(kernel.k_columns, kernel.v_columns, group * queries, work[order[0]]);
   parallel(count, p.threads, [&](int64_t task, int worker) {
-    Tile& t = *scratch[worker];
-    int64_t tile = order[task / p.hq], h = task % p.hq, q0 = tile * TILE_Q, q1 = std::min(q0 + TILE_Q, p.num_q);
-    for (int64_t r = q0; r < q1; r++) {
-      const T* src = row_of<T>(p.q, r, h);
-      for (int64_t c = 0; c < p.d; c++) t.q[(r - q0) * p.d + c] = widen(src[c]) * (p.scale * LOG2E);
-    }
-    std::fill(t.out + 0, t.out + TILE_Q * columns, 0.f);
-    std::fill(t.top, t.top + TILE_Q, -INFINITY);
-    std::fill(t.total, t.total + TILE_Q, 0.f);
-    t.raw_top = -INFINITY;
-    for (int64_t x = index.first[tile]; x < index.first[tile + 1]; x++)
-      kernel.attend(t, p.bands[index.list[x]], q0, q1, h / (p.hq / p.hk));
-    finish<T>(p, o, t, q0, q1, h, columns);
-    if (o.max_logits) tops[task] = top_of(t, p.softcap > 0) * LN2;
+    int64_t i = order[task / p.hk], q0 = i * queries;
+    typename Kernel<T>::Stretch stretch{kernel, *scratch[worker], q0, std::min(q0 + queries, p.num_q), task % p.hk};
+    stretch.run(i);
+    if (o.max_logits)
+      for (int64_t g = 0; g < group; g++) tops[i * p.hq + stretch.kv * group + g] = stretch.top_of(g) * LN2;
   });
   if (o.max_logits) {
     if (!o.merge) std::fill(o.max_logits, o.max_logits + p.hq, -INFINITY);
-    for (int64_t task = 0; task < count; task++) o.max_logits[task % p.hq] = larger(o.max_logits[task % p.hq], tops[task]);
+    for (int64_t i = 0; i < stretches * p.hq; i++) o.max_logits[i % p.hq] = larger(o.max_logits[i % p.hq], tops[i]);
   }
 }
 

@@ -1,10 +1,13 @@
-// Vectors of floats for the instruction set at hand, by the compiler's vector extension alone, and the one micro-kernel on top.
+// Vectors of floats for the instruction set at hand, by the compiler's vector extension; intrinsics only where it has no word for something.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 constexpr int VL = 16, MR = 6, NV = 4;  // 24 accumulators of 32 registers
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int VL = 8, MR = 6, NV = 2;   // 12 of 16
@@ -15,15 +18,26 @@ constexpr int VL = 4, MR = 4, NV = 2;
 #endif
 constexpr int NR = VL * NV;  // columns of a packed panel
 
-typedef float vf __attribute__((vector_size(VL * 4), aligned(4), may_alias));
-typedef int32_t vi __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef float vf_anywhere __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
-static inline vf load(const float* p) { return *(const vf*)p; }
-static inline void store(float* p, vf x) { *(vf*)p = x; }
+static inline vf load(const float* p) { return *(const vf_anywhere*)p; }
+static inline void store(float* p, vf x) { *(vf_anywhere*)p = x; }
 static inline vf splat(float x) { return x - vf{}; }  // x - 0 is x, also for -0: no addition is left
 // Where one is NaN, both give b.
 static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 static inline vf vmin(vf a, vf b) { return a < b ? a : b; }
+
+// For each vector that has columns in [begin, end), in rising order: act(column, whether some of its lanes lie outside).
+template <class Act>
+static inline __attribute__((always_inline)) void each_vector(int begin, int end, Act&& act) {
+  if (begin >= end) return;
+  int c = begin / VL * VL;
+  if (c < begin) act(c, std::true_type{}), c += VL;
+  for (; c + VL <= end; c += VL) act(c, std::false_type{});
+  if (c < end) act(c, std::true_type{});
+}
 
 static inline vi iota() {
   vi r{};
@@ -37,34 +51,88 @@ static inline vi inside(int c, int begin, int end) {
   return (at >= begin) & (at < end);
 }
 
-static inline float sum(vf x) {
-  float r = 0;
-  for (int i = 0; i < VL; i++) r += x[i];
-  return r;
+// The lanes a0 b0 a1 b1 ... of the lower (HIGH: upper) halves of two vectors.
+template <bool HIGH, class V, class Lane, size_t... i>
+static inline V interleave_lanes(V a, V b, std::index_sequence<i...>) {
+  constexpr size_t lanes = sizeof...(i), from = HIGH ? lanes / 2 : 0;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (i / 2 + from + i % 2 * lanes)...);
+#else
+  typedef Lane index __attribute__((vector_size(VL * 4)));
+  return __builtin_shuffle(a, b, index{(Lane)(i / 2 + from + i % 2 * lanes)...});
+#endif
+}
+template <bool HIGH>
+static inline vf interleave(vf a, vf b) {
+  return interleave_lanes<HIGH, vf, int32_t>(a, b, std::make_index_sequence<VL>{});
+}
+template <bool HIGH>
+static inline vf interleave_halves(vf a, vf b) {
+  typedef int16_t vh __attribute__((vector_size(VL * 4)));
+  return (vf)interleave_lanes<HIGH, vh, int16_t>((vh)a, (vh)b, std::make_index_sequence<VL * 2>{});
 }
 
+// The transpose of VL x VL lanes: log2(VL) perfect shuffles of the rows.
+static inline void transpose(vf (&rows)[VL]) {
+  vf other[VL];
+#pragma GCC unroll 4
+  for (int step = 1; step < VL; step *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < VL / 2; i++) {
+      other[2 * i] = interleave<false>(rows[i], rows[i + VL / 2]);
+      other[2 * i + 1] = interleave<true>(rows[i], rows[i + VL / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) rows[i] = other[i];
+  }
+}
+
+static inline float sum(const float* x) {
+  float part[VL];
+  memcpy(part, x, sizeof part);
+  for (int half = VL / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) part[i] += part[i + half];
+  return part[0];
+}
+
+// NaN may be passed over.
 static inline float largest(vf x) {
-  float r = x[0];
-  for (int i = 1; i < VL; i++) r = x[i] > r ? x[i] : r;
-  return r;
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float part[VL];
+  store(part, x);
+  for (int half = VL / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
+  return part[0];
+#endif
 }
 
-// 2^x, 0 below the normal numbers, NaN of NaN. Polynomial of degree 6 on [-1/2, 1/2] (Cephes exp2f coefficients), exponent by bits.
-static inline vf exp2v(vf x) {
-  vf clamped = vmin(splat(127.f), vmax(splat(-126.f), x));
-  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  vf shifted = clamped + magic;
-  vf f = clamped - (shifted - magic);
-  vi biased = (vi)shifted - (0x4B400000 - 127);
+// 2^f for f in [-1/2, 1/2]: a polynomial of degree 6 (Cephes exp2f coefficients), exact at 0.
+static inline vf exp2_near_0(vf f) {
   vf p = splat(1.535336188319500e-4f);
   p = p * f + 1.339887440266574e-3f;
   p = p * f + 9.618437357674640e-3f;
   p = p * f + 5.550332471162809e-2f;
   p = p * f + 2.402264791363012e-1f;
   p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.f;
+  return p * f + 1.f;
+}
+
+// 2^x, 0 below the normal numbers, NaN of NaN.
+static inline vf exp2v(vf x) {
+#if defined(__AVX512F__)
+  vf clamped = vmax(splat(-152.f), x), whole = (vf)_mm512_roundscale_ps((__m512)clamped, 0);
+  return (vf)_mm512_scalef_ps((__m512)exp2_near_0(clamped - whole), (__m512)whole);
+#else
+  vf clamped = vmin(splat(127.f), vmax(splat(-126.f), x));
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  vf shifted = clamped + magic;
+  vf p = exp2_near_0(clamped - (shifted - magic));
+  vi biased = (vi)shifted - (0x4B400000 - 127);
   vf scaled = p * (vf)(biased << 23);  // a product, for NaN to stay NaN
   return x < splat(-126.f) ? vf{} : scaled;
+#endif
 }
 
 static inline vf tanhv(vf x) {
@@ -75,47 +143,4 @@ static inline vf tanhv(vf x) {
   vf y2 = y * y;
   vf series = y * (1.f + y2 * (-0.33333333f + y2 * (0.13333333f + y2 * -0.05396825f)));
   return y2 < splat(0.01f) ? series : exact;
-}
-
-// C[M x NR] (+)= A[M x K] B[K x NR]. A(i, k) is at a[i * a_row + k * a_col]; B is a packed panel, row after row; C has row stride c_row.
-template <int M, bool ADD>
-static inline __attribute__((always_inline)) void micro(int K, const float* __restrict a, long a_row, long a_col, const float* __restrict b,
-                                                        float* __restrict c, long c_row) {
-  vf acc[M][NV];
-#pragma GCC unroll 8
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; j++) acc[i][j] = vf{};
-  for (int k = 0; k < K; k++) {
-    vf row[NV];
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; j++) row[j] = load(b + j * VL);
-    b += NR;
-#pragma GCC unroll 8
-    for (int i = 0; i < M; i++) {
-      vf x = splat(a[i * a_row]);
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; j++) acc[i][j] += x * row[j];
-    }
-    a += a_col;
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; j++) {
-      float* to = c + i * c_row + j * VL;
-      store(to, ADD ? load(to) + acc[i][j] : acc[i][j]);  // a short sum added to a long one: less rounding than one long chain
-    }
-}
-
-template <bool ADD, int M>
-static inline void multiply_rows(int rows, int K, const float* a, long a_row, long a_col, const float* b, float* c, long c_row) {
-  if (rows == M) return micro<M, ADD>(K, a, a_row, a_col, b, c, c_row);
-  if constexpr (M > 1) multiply_rows<ADD, M - 1>(rows, K, a, a_row, a_col, b, c, c_row);
-}
-
-// As micro, for 1 to MR rows.
-template <bool ADD>
-static void multiply(int rows, int K, const float* a, long a_row, long a_col, const float* b, float* c, long c_row) {
-  multiply_rows<ADD, MR>(rows, K, a, a_row, a_col, b, c, c_row);
 }
