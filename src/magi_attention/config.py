@@ -79,7 +79,11 @@ class BSDispatchAlg(DispatchAlg):
 
 @dataclass(frozen=True)
 class AffinityDispatchAlg(DispatchAlg):
-    """Among assignments within a few percent of balance, few rows received: chunks that share keys stay together."""
+    """Chunks that share keys stay together: few rows sent and received, areas within a few percent of balance.
+
+    The assignment of the least predicted step (see `OverlapConfig` for the costs) among one with that slack, min-heap's, and one as balanced
+    as min-heap's: never predicted slower than `MinHeapDispatchAlg`.
+    """
 
     type: ClassVar[DispatchAlgType] = DispatchAlgType.AFFINITY
 
@@ -140,9 +144,12 @@ class OverlapConfig:
         min_chunk_size: rows; the busiest rank's stages are no smaller, so short sequences get fewer stages.
         max_num_chunks: into how many parts a rank's remote rows are cut at most when DYNAMIC or greedy dealing looks at them.
         alg: how remote rows are dealt to stages.
-        calc_cost_factor: time to compute one attended cell, in any unit.
-        comm_cost_factor: time to receive one row of keys and values, in the same unit.
+        calc_cost_factor: time to compute one attended cell forward, all heads, in any unit.
+        comm_cost_factor: time to receive one row of keys and values, all heads, in the same unit.
         latency_cost: time of an exchange, whatever it carries, in the same unit.
+
+    Times decide how chunks are dealt (`AffinityDispatchAlg`) and how many stages there are (DYNAMIC). Left at 1, 1 and 0, they are those
+    of a current GPU for the key's heads in two bytes an element; `measure_cost_factors` measures yours.
     """
 
     enable: bool = True

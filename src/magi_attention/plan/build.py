@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from magi_attention.config import DistAttnConfig
+from magi_attention.config import DistAttnConfig, OverlapConfig
 from magi_attention.mask import AttnMask
+from magi_attention.plan.cost import CostModel, Heads, cost_of
 from magi_attention.plan.demand import DST, SRC, remote_transfers, split_by_owner
 from magi_attention.plan.layout import ShardLayout
 from magi_attention.plan.plan import AttnPlan, areas_of
+from magi_attention.plan.predicted import fastest
 from magi_attention.plan.query_moves import (
     RowBytes,
     choose_moves,
@@ -33,6 +35,7 @@ def build_plan(
     min_chunks_per_rank: int = 8,
     q_layout: ShardLayout | None = None,
     k_layout: ShardLayout | None = None,
+    heads: Heads | None = None,
     moves_queries: RowBytes | None = None,
     only_few_queries: bool = False,
     ranks_per_node: int | None = None,
@@ -47,6 +50,8 @@ def build_plan(
         pad_size: padding rows of q, as `DispatchConfig` and the number of ranks require; None or 0 computes them.
         min_chunks_per_rank: how many chunks a rank gets at least where the config names no chunk size.
         q_layout, k_layout: layouts already decided (a second mask over the same dispatch); left out, decided here.
+        heads: for which the step is predicted, by which layouts and stages are chosen, where the config gives no costs; left out, a
+            Llama-like model's.
         moves_queries: given, queries move instead of keys where that makes fewer of these bytes.
         only_few_queries: consider that only for masks in which it is plain: sending all queries that attend anything to all ranks would
             move fewer bytes than the keys do. This costs no planning time elsewhere.
@@ -58,7 +63,9 @@ def build_plan(
     config = config or DistAttnConfig()
     if ranks_per_node is not None and (ranks_per_node < 1 or num_ranks % ranks_per_node):
         raise ValueError(f"ranks_per_node must divide the number of ranks, {num_ranks}, got {ranks_per_node}")
-    q_layout, k_layout = make_layouts(
+    heads = heads or Heads()
+    cost = cost_of(config.overlap_config, heads)
+    layouts = make_layouts(
         mask,
         num_ranks,
         config.dispatch_config,
@@ -70,10 +77,29 @@ def build_plan(
         q_layout=q_layout,
         k_layout=k_layout,
     )
+
+    def complete(q_and_k: tuple[ShardLayout, ShardLayout]) -> AttnPlan:
+        moves = moves_queries, only_few_queries
+        return _plan_over(mask, *q_and_k, config.overlap_config, cost, moves, ranks_per_node)
+
+    return fastest(map(complete, layouts), heads, cost)
+
+
+def _plan_over(
+    mask: AttnMask,
+    q_layout: ShardLayout,
+    k_layout: ShardLayout,
+    config: OverlapConfig,
+    cost: CostModel,
+    moves: tuple[RowBytes | None, bool],
+    ranks_per_node: int | None,
+) -> AttnPlan:
+    """The plan of a mask whose rows are laid out. ``moves``: ``moves_queries`` and ``only_few_queries`` of `build_plan`."""
+    moves_queries, only_few_queries = moves
     moved, guests = None, np.empty((0, 6), np.int64)
     transfers = remote_transfers(mask.bands, q_layout, k_layout)
     if moves_queries is not None and not (
-        only_few_queries and not queries_are_few(mask.bands, transfers, num_ranks, moves_queries)
+        only_few_queries and not queries_are_few(mask.bands, transfers, q_layout.num_ranks, moves_queries)
     ):
         parts = cut_in_parts(mask.bands, q_layout, k_layout)
         chosen = choose_moves(parts, q_layout, moves_queries)
@@ -82,5 +108,5 @@ def build_plan(
             transfers = split_by_owner(key_intervals(parts, chosen), k_layout)
             transfers = transfers[transfers[:, DST] != transfers[:, SRC]]
     areas = areas_of(mask, q_layout)
-    forward, backward = deal(transfers, mask.bands, q_layout, k_layout, areas, config.overlap_config, ranks_per_node)
+    forward, backward = deal(transfers, mask.bands, q_layout, k_layout, areas, config, cost, ranks_per_node)
     return AttnPlan(mask, q_layout, k_layout, forward, backward, guests, moved, ranks_per_node)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from magi_attention.config import OverlapConfig
+
 Times = NDArray[np.float64]
 
 
@@ -27,12 +29,48 @@ class CostModel:
         row: of sending or receiving one row of keys and values, all heads.
         latency: of an exchange, whatever it carries.
         backward_ratio: backward computing over forward: five products for two.
+        row_between: as ``row``, for a row that crosses between nodes; None where all links are alike.
+        ranks_per_node: which ranks those links join; None where all links are alike.
     """
 
     cell: float
     row: float
     latency: float = 0.0
     backward_ratio: float = 2.5
+    row_between: float | None = None
+    ranks_per_node: int | None = None
+
+    @property
+    def step_cell(self) -> float:
+        """Of computing one attended cell, forward and backward."""
+        return self.cell * (1 + self.backward_ratio)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What the plan is for.
+
+    Attributes:
+        num_heads_q: heads of queries.
+        num_heads_kv: heads of keys and values.
+        head_dim: of all three.
+        itemsize: bytes of an element; 2 is bfloat16.
+    """
+
+    num_heads_q: int = 32
+    num_heads_kv: int = 8
+    head_dim: int = 128
+    itemsize: int = 2
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of one row of keys and values."""
+        return 2 * self.num_heads_kv * self.head_dim * self.itemsize
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of one row of queries."""
+        return self.num_heads_q * self.head_dim * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -43,36 +81,61 @@ class Machine:
         flops: attention FLOP/s that the kernel reaches.
         bandwidth: bytes/s that a rank receives while others do too.
         latency: seconds of an exchange, whatever it carries.
+        bandwidth_between: bytes/s that a rank receives from other nodes; None where all links are alike.
+        ranks_per_node: ranks that ``bandwidth`` joins, where ``bandwidth_between`` is given.
     """
 
     flops: float = 400e12
     bandwidth: float = 40e9
     latency: float = 30e-6
+    bandwidth_between: float | None = None
+    ranks_per_node: int | None = None
 
     def cost_model(
         self, num_heads_q: int, num_heads_kv: int, head_dim: int, itemsize: int = 2, head_dim_v: int | None = None
     ) -> CostModel:
         """Costs of cells and rows for these heads and ``itemsize`` bytes an element. A cell is ``2 * (d + dv)`` FLOPs a query head."""
         dims = head_dim + (head_dim if head_dim_v is None else head_dim_v)
+        row_bytes = float(num_heads_kv * dims * itemsize)
         return CostModel(
             cell=2.0 * dims * num_heads_q / self.flops,
-            row=float(num_heads_kv * dims * itemsize) / self.bandwidth,
+            row=row_bytes / self.bandwidth,
             latency=self.latency,
+            row_between=None if self.bandwidth_between is None else row_bytes / self.bandwidth_between,
+            ranks_per_node=self.ranks_per_node,
         )
+
+
+def cost_of(config: OverlapConfig, heads: Heads) -> CostModel:
+    """The costs that ``config`` gives; where it gives none (both factors are 1, the default), a current GPU's for these heads."""
+    if config.calc_cost_factor == config.comm_cost_factor == 1.0 and config.latency_cost == 0.0:
+        return Machine().cost_model(heads.num_heads_q, heads.num_heads_kv, heads.head_dim, heads.itemsize)
+    return CostModel(cell=config.calc_cost_factor, row=config.comm_cost_factor, latency=config.latency_cost)
 
 
 @dataclass(frozen=True, eq=False)
 class Workload:
     """What every rank does in a plan.
 
-    ``host_cells`` ``[num_ranks]``, ``stage_cells`` ``[num_stages, num_ranks]``: attended cells. ``stage_rows`` ``[num_stages,
-    num_ranks]``: rows sent or
-    received, whichever is more.
+    ``host_cells`` ``[num_ranks]``, ``stage_cells`` ``[num_stages, num_ranks]``: attended cells. ``stage_rows``, ``stage_between``
+    ``[num_stages, num_ranks]``: rows sent or received, whichever are more, on links of a node and between nodes. ``relayed``: rows cross
+    between nodes first, and are then handed on in the node; else both kinds of links are busy at once.
     """
 
     host_cells: Times
     stage_cells: Times
     stage_rows: Times
+    stage_between: Times
+    relayed: bool = False
+
+    def transfers(self, cost: CostModel) -> Times:
+        """``[num_stages, num_ranks]``: how long each exchange takes."""
+        within = self.stage_rows * cost.row
+        between = self.stage_between * (cost.row if cost.row_between is None else cost.row_between)
+        if self.relayed:
+            total: Times = 2 * cost.latency + within + between
+            return total
+        return cost.latency + np.maximum(within, between)
 
 
 def forward_times(work: Workload, cost: CostModel) -> Times:
@@ -87,8 +150,8 @@ def timeline(work: Workload, cost: CostModel) -> Times:
     done = work.host_cells * cost.cell
     marks = [np.zeros_like(done), done]
     posted = np.zeros_like(done)
-    for cells, rows in zip(work.stage_cells, work.stage_rows, strict=True):
-        arrived = posted + cost.latency + rows * cost.row
+    for cells, transfer in zip(work.stage_cells, work.transfers(cost), strict=True):
+        arrived = posted + transfer
         begin = np.maximum(done, arrived)
         done = begin + cells * cost.cell
         posted = begin
@@ -101,8 +164,7 @@ def backward_times(work: Workload, cost: CostModel) -> Times:
     cell = cost.cell * cost.backward_ratio
     done = work.host_cells * cell
     posted = link_free = np.zeros_like(done)
-    for cells, rows in zip(work.stage_cells, work.stage_rows, strict=True):
-        transfer = cost.latency + rows * cost.row
+    for cells, transfer in zip(work.stage_cells, work.transfers(cost), strict=True):
         arrived = np.maximum(posted, link_free) + transfer
         begin = np.maximum(done, arrived)
         done = begin + cells * cell
@@ -117,4 +179,4 @@ def step_time(work: Workload, cost: CostModel) -> float:
 
 def ideal_time(total_cells: float, num_ranks: int, cost: CostModel) -> float:
     """Forward and backward with perfect balance and nothing to wait for."""
-    return total_cells / num_ranks * cost.cell * (1 + cost.backward_ratio)
+    return total_cells / num_ranks * cost.step_cell

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,8 @@ from magi_attention.config import (
 )
 from magi_attention.mask.bands import K0, K1, Ints, area, split_k, split_q
 from magi_attention.plan import balance
-from magi_attention.plan.affinity import ChunkDemand, affinity, chunk_demand, count_needs, received_rows, top_p_heap
+from magi_attention.plan.affinity import affinity, top_p_heap
+from magi_attention.plan.chunk_demand import ChunkDemand, chunk_demand
 from magi_attention.plan.layout import ShardLayout
 
 # How far over the mean a rank's area may be where that saves communication, unless min-heap itself is further over.
@@ -54,35 +55,36 @@ class DispatchProblem:
         return chunk_demand(self.bands, self.areas, self.q_edges, self.k_edges, self.owns_columns)
 
 
-def _by_area(function: Callable[[Ints, int, int], Ints], problem: DispatchProblem, alg: Any) -> Ints:
-    return function(problem.areas, problem.num_ranks, problem.max_chunks)
+def _by_area(function: Callable[[Ints, int, int], Ints], problem: DispatchProblem, alg: Any) -> Iterator[Ints]:
+    yield function(problem.areas, problem.num_ranks, problem.max_chunks)
 
 
-def _affinity(problem: DispatchProblem, alg: AffinityDispatchAlg) -> Ints:
-    """Within the area that min-heap or the slack allows, the fewest rows received; min-heap's own where that is no worse."""
-    heap = balance.min_heap(problem.areas, problem.num_ranks, problem.max_chunks)
-    if problem.num_ranks == 1 or len(problem.areas) == 0:
-        return heap
-    demand = problem.demand()
+def _affinity(problem: DispatchProblem, alg: AffinityDispatchAlg) -> Iterator[Ints]:
+    """Little moved within the slack; min-heap's; little moved within what min-heap's balance is. What misses its limit is left out."""
+    num_ranks = problem.num_ranks
+    heap = balance.min_heap(problem.areas, num_ranks, problem.max_chunks)
+    if num_ranks == 1 or not problem.areas.any():
+        yield heap
+        return
 
     def largest(owner: Ints) -> int:
-        return int(np.bincount(owner, weights=problem.areas, minlength=problem.num_ranks).max())
+        return int(np.bincount(owner, weights=problem.areas, minlength=num_ranks).max())
 
-    limit = max(int(AREA_SLACK * problem.areas.sum() / problem.num_ranks), largest(heap))
-    found = affinity(demand, problem.num_ranks, limit)
-
-    def cost(owner: Ints) -> tuple[int, int, int]:
-        received = received_rows(demand, count_needs(demand, owner, problem.num_ranks), owner)
-        return max(0, largest(owner) - limit), int(received.max()), int(received.sum())
-
-    return min(found, heap, key=cost)
-
-
-def _top_p_heap(problem: DispatchProblem, alg: ToppHeapDispatchAlg) -> Ints:
-    return top_p_heap(problem.demand(), problem.num_ranks, problem.max_chunks, alg.top_p)
+    tight = largest(heap)
+    limit = max(int(AREA_SLACK * problem.areas.sum() / num_ranks), tight)
+    found = affinity(problem.demand(), num_ranks, limit, tight)
+    roomy = next(found)
+    if largest(roomy) <= limit:
+        yield roomy
+    yield heap
+    yield from (owner for owner in found if largest(owner) <= tight)
 
 
-def _lower_bound(problem: DispatchProblem, alg: LBDispatchAlg) -> Ints:
+def _top_p_heap(problem: DispatchProblem, alg: ToppHeapDispatchAlg) -> Iterator[Ints]:
+    yield top_p_heap(problem.demand(), problem.num_ranks, problem.max_chunks, alg.top_p)
+
+
+def _lower_bound(problem: DispatchProblem, alg: LBDispatchAlg) -> Iterator[Ints]:
     bound = balance.lower_bound(problem.areas, problem.num_ranks, problem.max_chunks)
     raise ValueError(
         f"LBDispatchAlg only bounds the largest area of a rank (here {bound:,} cells) and assigns nothing; use BSDispatchAlg or "
@@ -90,7 +92,8 @@ def _lower_bound(problem: DispatchProblem, alg: LBDispatchAlg) -> Ints:
     )
 
 
-ALGORITHMS: dict[type, Callable[[DispatchProblem, Any], Ints]] = {
+# Each gives assignments to choose from by their predicted step, the most promising first, each made when it is asked for.
+ALGORITHMS: dict[type, Callable[[DispatchProblem, Any], Iterator[Ints]]] = {
     AffinityDispatchAlg: _affinity,
     MinHeapDispatchAlg: partial(_by_area, balance.min_heap),
     SequentialDispatchAlg: partial(_by_area, balance.sequential),
@@ -102,13 +105,18 @@ ALGORITHMS: dict[type, Callable[[DispatchProblem, Any], Ints]] = {
 }
 
 
-def dispatch(problem: DispatchProblem, config: DispatchConfig) -> Ints:
-    """``[num_chunks]`` owners by the algorithm that ``config`` names.
+def candidates(problem: DispatchProblem, config: DispatchConfig) -> Iterator[Ints]:
+    """``[num_chunks]`` owners by the algorithm that ``config`` names: one, or several to choose from, made as they are asked for.
 
     Raises:
         ValueError: an algorithm that only bounds, or that cannot take so many chunks; it names what can.
     """
     return ALGORITHMS[type(config.alg)](problem, config.alg)
+
+
+def dispatch(problem: DispatchProblem, config: DispatchConfig) -> Ints:
+    """The first of the `candidates`."""
+    return next(candidates(problem, config))
 
 
 def chunk_areas(bands: Ints, chunk_edges: Ints) -> Ints:

@@ -28,11 +28,11 @@ from magi_attention.plan.local_slices import (
     segments_of_layout,
     to_buffer,
 )
-from magi_attention.plan.stages import Dealing
+from magi_attention.plan.workload import Dealing
 
 if TYPE_CHECKING:
-    from magi_attention.plan.cost import Machine
-    from magi_attention.plan.report import Heads, PlanReport
+    from magi_attention.plan.cost import Heads, Machine
+    from magi_attention.plan.report import PlanReport
 
 
 @dataclass(frozen=True, eq=False)

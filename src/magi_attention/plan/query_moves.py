@@ -91,7 +91,7 @@ def choose_moves(parts: Parts, q_layout: ShardLayout, row_bytes: RowBytes) -> Fl
         return moved
     load = np.zeros(num_ranks, np.int64)
     np.add.at(load, parts.q_rank, area(parts.bands))
-    limit = max(int(GUEST_SLACK * load.mean()), int(load.max()))
+    even = int(GUEST_SLACK * load.mean())
 
     pair = remote.q_rank * num_ranks + remote.k_rank
     order = np.argsort(pair, kind="stable")
@@ -99,11 +99,19 @@ def choose_moves(parts: Parts, q_layout: ShardLayout, row_bytes: RowBytes) -> Fl
     plans = [
         _best_cover(remote, order[start:stop], row_bytes) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
     ]
-    for _, chunks, cells, host, home in sorted((one for one in plans if one[0] > 0), key=lambda one: -one[0]):
-        if load[host] + cells <= limit:
+    waiting = sorted((one for one in plans if one[0] > 0), key=lambda one: -one[0])
+    # A rank that gives work away can take some afterwards, hence the second round; only what is then left may load a rank beyond the mean.
+    for limit in (even, even, max(even, int(load.max()))):
+        refused = []
+        for one in waiting:
+            _, chunks, cells, host, home = one
+            if load[host] + cells > limit:
+                refused.append(one)
+                continue
             moved[chunks, host] = True
             load[host] += cells
             load[home] -= cells
+        waiting = refused
     return moved
 
 

@@ -12,41 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from magi_attention.mask.bands import Ints, area
-from magi_attention.plan.cost import CostModel, Machine, Workload, backward_times, forward_times, ideal_time, timeline
+from magi_attention.mask.bands import Ints
+from magi_attention.plan.cost import (
+    CostModel,
+    Heads,
+    Machine,
+    Workload,
+    backward_times,
+    forward_times,
+    ideal_time,
+    timeline,
+)
 from magi_attention.plan.demand import DST, SRC, demanded_intervals, rows_by_rank
 from magi_attention.plan.plan import AttnPlan
-from magi_attention.plan.stages import Dealing, WorkDensity, predict
-
-# Up to this many ranks, the cells of stages are counted from every rank's slices; beyond, from the density of work on a grid.
-_MOST_RANKS_COUNTED = 64
-
-
-@dataclass(frozen=True)
-class Heads:
-    """What the plan is for.
-
-    Attributes:
-        num_heads_q: heads of queries.
-        num_heads_kv: heads of keys and values.
-        head_dim: of all three.
-        itemsize: bytes of an element; 2 is bfloat16.
-    """
-
-    num_heads_q: int = 32
-    num_heads_kv: int = 8
-    head_dim: int = 128
-    itemsize: int = 2
-
-    @property
-    def key_bytes(self) -> int:
-        """Bytes of one row of keys and values."""
-        return 2 * self.num_heads_kv * self.head_dim * self.itemsize
-
-    @property
-    def query_bytes(self) -> int:
-        """Bytes of one row of queries."""
-        return self.num_heads_q * self.head_dim * self.itemsize
+from magi_attention.plan.predicted import workloads
 
 
 @dataclass(frozen=True)
@@ -140,7 +119,7 @@ def report(plan: AttnPlan, heads: Heads | None = None, machine: Machine | None =
     """The certificate of ``plan`` for these heads on this machine; left out, a Llama-like model and a current GPU cluster."""
     heads, machine = heads or Heads(), machine or Machine()
     cost = machine.cost_model(heads.num_heads_q, heads.num_heads_kv, heads.head_dim, heads.itemsize)
-    forward, backward = (workload(plan, dealing, heads) for dealing in (plan.forward, plan.backward))
+    forward, backward = workloads(plan, heads, cost)
     marks = timeline(forward, cost)
     times = float(forward_times(forward, cost).max()), float(backward_times(backward, cost).max())
     demanded = _demanded_rows(plan)
@@ -168,32 +147,6 @@ def report(plan: AttnPlan, heads: Heads | None = None, machine: Machine | None =
         stage_timeline=marks.T.tolist(),
         alternatives=alternatives(plan, heads, cost),
     )
-
-
-def workload(plan: AttnPlan, dealing: Dealing, heads: Heads) -> Workload:
-    """What every rank does in one pass; guests are a stage of their own, their rows counted in rows of keys of as many bytes."""
-    if plan.num_ranks > _MOST_RANKS_COUNTED and plan.moved is None:
-        density = WorkDensity.of(plan.mask.bands, plan.q_layout, plan.k_layout.padded_seqlen)
-        return predict(dealing.table, dealing.num_stages, density, plan.areas)
-    parts = [plan.rank(rank) for rank in range(plan.num_ranks)]
-    of_pass = [part.stages if dealing is plan.forward else part.backward_stages for part in parts]
-    host = np.array([_cells(part.host_bands) for part in parts], np.float64)
-    cells = [[_cells(stages[number].bands) for stages in of_pass] for number in range(dealing.num_stages)]
-    rows = [
-        [max(stages[number].exchange.num_sent, stages[number].exchange.num_received) for stages in of_pass]
-        for number in range(dealing.num_stages)
-    ]
-    if plan.moved is not None:
-        guests = [part.guests for part in parts if part.guests is not None]
-        both_ways = 2 * heads.query_bytes / heads.key_bytes
-        cells.insert(0, [_cells(guest.bands) for guest in guests])
-        rows.insert(0, [int(max(g.exchange.num_sent, g.exchange.num_received) * both_ways) for g in guests])
-    shape = (-1, plan.num_ranks)
-    return Workload(host, np.array(cells, np.float64).reshape(shape), np.array(rows, np.float64).reshape(shape))
-
-
-def _cells(bands: Ints) -> int:
-    return int(area(bands).sum())
 
 
 def _demanded_rows(plan: AttnPlan) -> int:
@@ -232,7 +185,7 @@ def _peak_bytes(plan: AttnPlan, heads: Heads) -> Ints:
 
 def _without_overlap(work: Workload, cost: CostModel, compute: float, transfers: int) -> float:
     cells = work.host_cells + work.stage_cells.sum(axis=0)
-    moving = work.stage_rows.sum(axis=0) * cost.row + len(work.stage_rows) * cost.latency
+    moving = work.transfers(cost).sum(axis=0)
     total: NDArray[np.float64] = cells * cost.cell * compute + transfers * moving
     return float(total.max())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from magi_attention.config import DispatchConfig
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import Ints
 from magi_attention.plan.balance import sequential
-from magi_attention.plan.dispatch import DispatchProblem, chunk_areas, dispatch, place_keys
+from magi_attention.plan.dispatch import DispatchProblem, candidates, chunk_areas, place_keys
 from magi_attention.plan.layout import ShardLayout, default_chunk_size, padded_length
 
 
@@ -67,8 +68,8 @@ def make_layouts(
     min_chunks_per_rank: int,
     q_layout: ShardLayout | None,
     k_layout: ShardLayout | None,
-) -> tuple[ShardLayout, ShardLayout]:
-    """Layouts of q and k; arguments as in `build_plan`."""
+) -> Iterator[tuple[ShardLayout, ShardLayout]]:
+    """Layouts of q and k to choose from, made as they are asked for (see `dispatch.candidates`); arguments as in `build_plan`."""
     if is_same_source:
         if mask.num_q != mask.num_k or is_q_permutable != is_k_permutable:
             raise ValueError(
@@ -76,8 +77,9 @@ def make_layouts(
                 f"total_seqlen_q={mask.num_q}, total_seqlen_k={mask.num_k}, is_q_permutable={is_q_permutable}, "
                 f"is_k_permutable={is_k_permutable}; pass is_same_source=False for cross-attention"
             )
-        k_layout = q_layout = q_layout if q_layout is not None else k_layout
+        q_layout = q_layout if q_layout is not None else k_layout
 
+    q_layouts: Iterable[ShardLayout] = [q_layout] if q_layout is not None else []
     if q_layout is None:
         cut = cut_in_chunks(mask.num_q, num_ranks, config, min_chunks_per_rank, pad_size)
         areas = chunk_areas(mask.bands, cut.edges)
@@ -87,24 +89,27 @@ def make_layouts(
                 if is_same_source
                 else cut_in_chunks(mask.num_k, num_ranks, config, min_chunks_per_rank, None).edges
             )
-            owner = dispatch(DispatchProblem(mask.bands, cut.edges, k_edges, is_same_source, areas, num_ranks), config)
+            problem = DispatchProblem(mask.bands, cut.edges, k_edges, is_same_source, areas, num_ranks)
+            q_layouts = map(cut.layout, candidates(problem, config))
         else:
-            owner = sequential(areas, num_ranks, cut.max_chunks)
-        q_layout = cut.layout(owner)
-    if is_same_source:
-        k_layout = q_layout
-    if k_layout is None:
-        cut = cut_in_chunks(mask.num_k, num_ranks, config, min_chunks_per_rank, None)
-        owner = (
-            place_keys(mask.bands, q_layout, cut.edges, cut.max_chunks)
-            if is_k_permutable
-            else sequential(np.zeros(len(cut.edges) - 1, np.int64), num_ranks, cut.max_chunks)
-        )
-        k_layout = cut.layout(owner)
+            q_layouts = [cut.layout(sequential(areas, num_ranks, cut.max_chunks))]
+    for chosen in q_layouts:
+        other = chosen if is_same_source else k_layout
+        if other is None:
+            cut = cut_in_chunks(mask.num_k, num_ranks, config, min_chunks_per_rank, None)
+            other = cut.layout(
+                place_keys(mask.bands, chosen, cut.edges, cut.max_chunks)
+                if is_k_permutable
+                else sequential(np.zeros(len(cut.edges) - 1, np.int64), num_ranks, cut.max_chunks)
+            )
+        _check_fit(mask, num_ranks, chosen, other)
+        yield chosen, other
+
+
+def _check_fit(mask: AttnMask, num_ranks: int, q_layout: ShardLayout, k_layout: ShardLayout) -> None:
     for side, layout, length in (("q", q_layout, mask.num_q), ("k", k_layout, mask.num_k)):
         if layout.total_seqlen != length or layout.num_ranks != num_ranks:
             raise ValueError(
                 f"the {side} side has {length} tokens on {num_ranks} ranks, but the layout given for it is of "
                 f"{layout.total_seqlen} tokens on {layout.num_ranks}; give a key of the same length and group"
             )
-    return q_layout, k_layout

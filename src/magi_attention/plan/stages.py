@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.typing import NDArray
 
 from magi_attention.common.enum import AttnOverlapMode
 from magi_attention.config import GreedyOverlapAlg, OverlapConfig
-from magi_attention.mask.bands import Ints, area, expand, split_k, split_q
-from magi_attention.plan.cost import CostModel, Workload, backward_times, forward_times
+from magi_attention.mask.bands import Ints, expand
+from magi_attention.plan.cost import CostModel, backward_times, forward_times
 from magi_attention.plan.dealing import cut_entries, in_order, split_uniform
-from magi_attention.plan.demand import BEGIN, DST, END, SRC, STAGE, rows_by_rank, union_by_group
+from magi_attention.plan.demand import BEGIN, DST, END, STAGE, rows_by_rank
 from magi_attention.plan.hierarchy import split_uniform_by_node
 from magi_attention.plan.layout import ShardLayout
-
-# Columns of the grid on which the density of work over keys is kept: fine enough to tell stages apart, and cheap.
-_NUM_COLUMNS = 256
+from magi_attention.plan.workload import Dealing, WorkDensity, cells_at_home, predict
 
 
 def split_greedy(table: Ints, num_stages: int, density: WorkDensity, max_num_chunks: int) -> Ints:
@@ -54,63 +49,6 @@ def _in_blocks(table: Ints, max_num_chunks: int) -> Ints:
     return cut_entries(table, row, part * size[row], np.minimum((part + 1) * size[row], length[row]))
 
 
-@dataclass(frozen=True, eq=False)
-class WorkDensity:
-    """How many cells each demanded key row stands for, by rank, on a grid of key columns: for prediction, never for results.
-
-    ``edges``: ``[num_columns + 1]``. ``per_row``: ``[num_ranks, num_columns]`` cells per demanded row.
-    """
-
-    edges: Ints
-    per_row: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, bands: Ints, q_layout: ShardLayout, num_k: int) -> WorkDensity:
-        """The density of a mask's work under a layout of its queries."""
-        edges = np.unique(np.linspace(0, num_k, min(_NUM_COLUMNS, max(num_k, 1)) + 1).round().astype(np.int64))
-        shape = (q_layout.num_ranks, len(edges) - 1)
-        cells, rows = np.zeros(shape), np.zeros(shape)
-        pieces, _, run = split_q(bands, q_layout.runs[:, 0], q_layout.runs[:, 1])
-        parts, piece, column = split_k(pieces, edges[:-1], edges[1:])
-        rank = q_layout.runs[run[piece], 2]
-        np.add.at(cells, (rank, column), area(parts))
-        merged = union_by_group(rank * shape[1] + column, parts[:, 2], parts[:, 3])
-        np.add.at(rows.reshape(-1), merged[:, 0], merged[:, 2] - merged[:, 1])
-        return cls(edges, cells / np.maximum(rows, 1))
-
-    def cells(self, table: Ints) -> NDArray[np.float64]:
-        """``[n]``: about how many of the destination's cells the rows of each entry of a transfer table stand for."""
-        first = np.searchsorted(self.edges, table[:, BEGIN], side="right") - 1
-        last = np.searchsorted(self.edges, table[:, END], side="left")
-        entry, column = expand(first, last - first)
-        begin = np.maximum(table[entry, BEGIN], self.edges[column])
-        end = np.minimum(table[entry, END], self.edges[column + 1])
-        cells = np.zeros(len(table))
-        np.add.at(cells, entry, (end - begin) * self.per_row[table[entry, DST], column])
-        return cells
-
-
-def predict(table: Ints, num_stages: int, density: WorkDensity, areas: Ints) -> Workload:
-    """The workload of a dealing; ``areas`` ``[num_ranks]`` are all cells of each rank, of which the host stage keeps what no
-    stage computes."""
-    num_ranks = len(areas)
-    stage_cells = np.zeros((num_stages, num_ranks))
-    np.add.at(stage_cells, (table[:, STAGE], table[:, DST]), density.cells(table))
-    stage_rows = np.zeros((num_stages, num_ranks))
-    for stage in range(num_stages):
-        part = table[table[:, STAGE] == stage]
-        stage_rows[stage] = np.maximum(rows_by_rank(part, DST, num_ranks), rows_by_rank(part, SRC, num_ranks))
-    return Workload(np.maximum(areas - stage_cells.sum(axis=0), 0), stage_cells, stage_rows)
-
-
-@dataclass(frozen=True, eq=False)
-class Dealing:
-    """Remote rows in stages: ``table`` in the order above, ``num_stages`` of them (some may be empty for some ranks)."""
-
-    table: Ints
-    num_stages: int
-
-
 def deal(
     transfers: Ints,
     bands: Ints,
@@ -118,14 +56,14 @@ def deal(
     k_layout: ShardLayout,
     areas: Ints,
     config: OverlapConfig,
+    cost: CostModel,
     ranks_per_node: int | None,
 ) -> tuple[Dealing, Dealing]:
     """The stages of the forward and of the backward pass.
 
     STATIC takes the degree of ``config`` for both. DYNAMIC predicts every number of stages up to its maximum and takes, for each pass, the
-    fastest, the fewest among equals: so never one that is predicted slower than one stage. Under hierarchy
-    (``ranks_per_node``) rows are dealt
-    evenly, whatever the algorithm, so that all ranks of a node need a row in the same stage.
+    fastest, the fewest among equals: so never one that is predicted slower than one stage. Under hierarchy (``ranks_per_node``) rows are
+    dealt evenly, whatever the algorithm, so that all ranks of a node need a row in the same stage.
     """
     if not len(transfers):
         none = Dealing(transfers, 0)
@@ -143,9 +81,11 @@ def deal(
     if config.mode is AttnOverlapMode.STATIC or density is None:
         only = into(most)
         return only, only
-    cost = CostModel(cell=config.calc_cost_factor, row=config.comm_cost_factor, latency=config.latency_cost)
+    home = cells_at_home(bands, q_layout, k_layout)
     tried = [into(degree) for degree in range(1, most + 1)]
-    works = [predict(one.table, one.num_stages, density, areas) for one in tried]
+    relayed = ranks_per_node is not None
+    nodes = ranks_per_node if relayed else cost.ranks_per_node
+    works = [predict(one, areas, home, density, k_layout, ranks_per_node=nodes, relayed=relayed) for one in tried]
     forward = [float(forward_times(work, cost).max()) for work in works]
     backward = [float(backward_times(work, cost).max()) for work in works]
     return tried[int(np.argmin(forward))], tried[int(np.argmin(backward))]

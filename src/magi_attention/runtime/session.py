@@ -12,6 +12,7 @@ from torch import Tensor
 from magi_attention.common.enum import AttnRole
 from magi_attention.kernels.interface import KernelMask
 from magi_attention.plan import AttnPlan, RankPlan, ShardLayout, StagePlan, build_plan
+from magi_attention.plan.cost import Heads
 from magi_attention.plan.joint import joint_layout
 from magi_attention.plan.query_moves import RowBytes
 from magi_attention.runtime.key import DistAttnRuntimeKey
@@ -93,6 +94,7 @@ def open_session(key: DistAttnRuntimeKey, layout_session: Session | None) -> Ses
         min_chunks_per_rank=key.min_chunks_per_rank,
         q_layout=q_layout,
         k_layout=k_layout,
+        heads=Heads(key.num_heads_q, key.num_heads_kv, key.head_dim),
         moves_queries=None
         if key.moves_queries is False
         else RowBytes.of(key.num_heads_q, key.num_heads_kv, key.head_dim),
