@@ -81,8 +81,8 @@ class BSDispatchAlg(DispatchAlg):
 class AffinityDispatchAlg(DispatchAlg):
     """Chunks that share keys stay together: few rows sent and received, areas within a few percent of balance.
 
-    The assignment of the least predicted step (see `OverlapConfig` for the costs) among one with that slack, min-heap's, and one as balanced
-    as min-heap's: never predicted slower than `MinHeapDispatchAlg`.
+    The assignment of the least predicted step (see `OverlapConfig` for the costs) among one with that slack, min-heap's, and one as
+    balanced as min-heap's: never predicted slower than `MinHeapDispatchAlg`.
     """
 
     type: ClassVar[DispatchAlgType] = DispatchAlgType.AFFINITY

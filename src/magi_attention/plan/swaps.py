@@ -125,7 +125,7 @@ class SwapSearch:
             stuck[busiest] = not self._try_best(view, score, before, better)
 
     def reduce(self, area_limit: int, num_rounds: int) -> None:
-        """For every rank, those of the largest load first, the swap after which fewest rows are received, if none's load tops the largest."""
+        """For every rank, those of the largest load first, the swap after which fewest rows are received and no load tops the largest."""
         limit = max(area_limit, int(self.area.max()))
         for _ in range(num_rounds):
             ceiling = int(self.load.max())
