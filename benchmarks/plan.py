@@ -16,8 +16,9 @@ import numpy as np
 from magi_attention.config import AffinityDispatchAlg, DispatchAlg, DispatchConfig, DistAttnConfig, MinHeapDispatchAlg
 from magi_attention.mask import AttnMask
 from magi_attention.plan import AttnPlan, build_plan
+from magi_attention.plan.cost import Heads
 from magi_attention.plan.query_moves import RowBytes
-from magi_attention.plan.report import Heads, report
+from magi_attention.plan.report import report
 
 K, M = 1024, 1 << 20
 

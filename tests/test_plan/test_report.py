@@ -11,9 +11,9 @@ import pytest
 from magi_attention.config import DispatchConfig, DistAttnConfig, OverlapConfig, SequentialDispatchAlg
 from magi_attention.mask import AttnMask
 from magi_attention.plan import AttnPlan, build_plan
-from magi_attention.plan.cost import Machine
+from magi_attention.plan.cost import Heads, Machine
 from magi_attention.plan.query_moves import RowBytes
-from magi_attention.plan.report import Heads, PlanReport
+from magi_attention.plan.report import PlanReport
 from magi_attention.testing.plan_check import guest_deliveries, key_deliveries
 
 HEADS = Heads(num_heads_q=4, num_heads_kv=2, head_dim=16, itemsize=2)

@@ -9,8 +9,7 @@ from magi_attention.common.enum import AttnOverlapMode
 from magi_attention.config import DispatchConfig, DistAttnConfig, GreedyOverlapAlg, OverlapConfig, UniformOverlapAlg
 from magi_attention.mask import AttnMask, causal, varlen
 from magi_attention.plan import AttnPlan, build_plan
-from magi_attention.plan.cost import Machine
-from magi_attention.plan.report import Heads
+from magi_attention.plan.cost import Heads, Machine
 
 HEADS = Heads(num_heads_q=4, num_heads_kv=2, head_dim=16)
 

@@ -23,9 +23,9 @@ from magi_attention.config import (
 )
 from magi_attention.mask import AttnMask
 from magi_attention.plan import AttnPlan, build_plan
-from magi_attention.plan.cost import Machine
+from magi_attention.plan.cost import Heads, Machine
 from magi_attention.plan.query_moves import RowBytes
-from magi_attention.plan.report import Heads, PlanReport
+from magi_attention.plan.report import PlanReport
 
 DISPATCHERS: dict[str, type[DispatchAlg]] = {
     "affinity": AffinityDispatchAlg,

@@ -25,8 +25,7 @@ from magi_attention.cli.choose import (
     side_by_side,
     try_setting,
 )
-from magi_attention.plan.cost import Machine
-from magi_attention.plan.report import Heads
+from magi_attention.plan.cost import Heads, Machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
