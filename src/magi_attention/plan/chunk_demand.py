@@ -62,10 +62,9 @@ def traffic(demand: ChunkDemand, owner: Ints, num_ranks: int) -> tuple[Ints, Int
         return received, np.zeros(num_ranks, np.int64)
     change = np.bincount(first, minlength=len(owner) + 1) - np.bincount(last, minlength=len(owner) + 1)
     stride = len(owner) + 1
-    at_home = np.searchsorted(rank * stride + last, owner * stride + np.arange(len(owner)), side="right")
-    at_home = np.append(rank * stride + first, np.iinfo(np.int64).max)[at_home] <= owner * stride + np.arange(
-        len(owner)
-    )
+    own = owner * stride + np.arange(len(owner))
+    within = np.searchsorted(rank * stride + last, own, side="right")
+    at_home = (np.append(rank * stride + first, np.iinfo(np.int64).max)[within] <= own).astype(np.int64)
     received -= np.bincount(owner, weights=at_home * demand.rows, minlength=num_ranks).astype(np.int64)
     others = np.cumsum(change)[:-1] - at_home
     return received, np.bincount(owner, weights=others * demand.rows, minlength=num_ranks).astype(np.int64)
