@@ -213,6 +213,20 @@ def test_rows_do_not_grow_with_tokens() -> None:
     assert len(AttnMask.dilated_blocks(1000, 1, 100).bands) == 10
 
 
+def test_cells_are_counted_exactly_up_to_the_longest_mask() -> None:
+    longest = (1 << 31) - 1
+    full, causal = AttnMask.full(longest), AttnMask.causal(longest)
+    assert full.area == longest**2
+    assert causal.area == longest * (longest + 1) // 2
+    above = AttnMask(np.array([[0, longest - 1, 1, longest, 1, longest - 1]]), longest, longest)
+    assert causal.union(above).simplify() == full
+    assert causal.intersection(full).attends_same(causal)
+    window = AttnMask.sliding_window(longest, (4096, 0))
+    assert window.area == 4097 * longest - 4096 * 4097 // 2
+    assert AttnMask.from_slices(*window.to_slices()).simplify() == window
+    assert AttnMask.causal(longest, longest - 1).area == longest * (longest - 1) // 2
+
+
 @pytest.mark.parametrize(
     ("build", "complaint"),
     [
@@ -222,6 +236,9 @@ def test_rows_do_not_grow_with_tokens() -> None:
         (lambda: AttnMask.varlen([0, 5], [0, 2, 5]), "equally many documents"),
         (lambda: AttnMask.varlen([0, 5], causal=True, window_size=(2, 0)), "window_size=\\(w - 1, 0\\)"),
         (lambda: AttnMask.sliding_window(5, (1, -2)), "window_size must be two ints"),
+        (lambda: AttnMask.sliding_window(5, 3), "window_size must be two ints \\(left, right\\).*got 3"),
+        (lambda: AttnMask.multimodal(8, [(0.5, 2)]), "image_spans must be pairs of ints"),
+        (lambda: AttnMask.full(1 << 31), "up to 2,147,483,647 queries and keys.*got 2,147,483,648 queries"),
         (lambda: AttnMask.full(-1), "num_q must be an int of 0 or more"),
         (lambda: AttnMask.block_causal(8, 0), "block_size must be an int of 1 or more"),
         (lambda: AttnMask.chunked_causal(8, 2, [0, 7]), "must end at num_tokens"),

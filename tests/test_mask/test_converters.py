@@ -218,6 +218,20 @@ def test_json_there_and_back(num_cases: int) -> None:
     assert json.loads(AttnMask.causal(2).to_json())["rows"] == [[0, 2, 0, 2, -1, 0]]
 
 
+def test_slices_as_programs_hold_them() -> None:
+    mask = AttnMask.sliding_window(20, (5, 0))
+    q_ranges, k_ranges, types = mask.to_slices()
+    tensors = [torch.as_tensor(part, dtype=torch.int32) for part in (q_ranges, k_ranges, types)]
+    names = [("full", "causal", "inv_causal", "bi_causal")[kind] for kind in types]
+    for given in (tensors, (q_ranges, k_ranges, list(types)), (q_ranges.tolist(), k_ranges.tolist(), names)):
+        assert AttnMask.from_slices(*given).attends_same(mask)
+
+
+def test_packed_batches_of_one() -> None:
+    assert AttnMask.from_position_ids(torch.tensor([[0, 1, 2, 0]])) == AttnMask.varlen([0, 3, 4], causal=True)
+    assert AttnMask.from_document_ids(torch.tensor([[7, 7, 7, 5]])) == AttnMask.from_cu_seqlens([0, 3, 4], causal=True)
+
+
 def test_dense_as_programs_hold_it() -> None:
     dense = torch.ones(1, 1, 4, 6).tril()
     assert AttnMask.from_dense(dense).attends_same(AttnMask.from_dense(dense[0, 0].bool().numpy()))
@@ -231,7 +245,15 @@ def test_dense_as_programs_hold_it() -> None:
         (lambda: AttnMask.from_dense(torch.ones(2, 3, 3)), "one mask for each"),
         (lambda: AttnMask.from_position_ids([3, 4, 0, 1]), "position_ids\\[0\\] is 3"),
         (lambda: AttnMask.from_position_ids([0, 1, 3]), "position_ids\\[2\\] is 3 behind 1"),
-        (lambda: AttnMask.from_document_ids([[0, 1]]), "one axis of ints"),
+        (lambda: AttnMask.from_document_ids([[0, 1], [0, 1]]), "one axis of ints"),
+        (lambda: AttnMask.from_position_ids([[0, 1], [0, 1]]), "one axis of ints, got shape \\[2, 2\\]"),
+        (lambda: AttnMask.from_dense(torch.zeros(3, 3).fill_(-1e9).triu(1)), "give `dense == 0`"),
+        (lambda: AttnMask.from_slices([(0, 4.5)], [(0, 4)]), "pairs of ints"),
+        (lambda: AttnMask.from_slices([(0, 4)], [(0, 4, 5)]), "shape \\[1, 3\\]"),
+        (lambda: AttnMask.from_slices([(4, 0)], [(0, 4)]), "<= end <= 4, got \\[4, 0\\)"),
+        (lambda: AttnMask.from_slices([(0, 4)], [(0, 4)], torch.tensor([4])), "got 4"),
+        (lambda: AttnMask.from_slices([(0, 4)], [(0, 4)], torch.tensor([0.0])), "attn_mask_type must be one axis"),
+        (lambda: AttnMask.from_slices([(0, 4)], [(0, 4)], ["casual"]), "got 'casual'"),
         (lambda: AttnMask.from_attention_mask([[0, 2]]), "use from_document_ids"),
         (lambda: AttnMask.from_startend_row_indices(np.zeros((4, 4), int), causal=True), "with causal=True"),
         (lambda: AttnMask.from_startend_row_indices(np.zeros((2, 8, 4, 4), int)), "one mask for each"),

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 from mask_cases import CASES, any_mask
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    and_masks,
+    create_block_mask,
+    create_mask,
+    noop_mask,
+    or_masks,
+)
 
 from magi_attention.mask import AttnMask, flex
 from magi_attention.mask.tile_bounds import NotReadableError, tile_bounds
@@ -29,7 +36,7 @@ COMPARE = [
 
 def random_number(rng: Rng, depth: int, table: torch.Tensor) -> tuple[str, MaskMod]:
     """An expression of q and k with whole numbers as values, and its text."""
-    kind = int(rng.integers(4 if depth == 0 else 10))
+    kind = int(rng.integers(4 if depth == 0 else 16))
     number = int(rng.integers(1, 9))
     if kind == 0:
         return "q", lambda b, h, q, k: q
@@ -48,7 +55,20 @@ def random_number(rng: Rng, depth: int, table: torch.Tensor) -> tuple[str, MaskM
         return f"({number} - {text})", lambda b, h, q, k: number - of(b, h, q, k)
     if kind == 7:
         return f"({text} * -{number})", lambda b, h, q, k: of(b, h, q, k) * -number
+    if kind == 10:
+        return f"abs({text})", lambda b, h, q, k: of(b, h, q, k).abs()
+    if kind == 11:
+        return f"-{text}", lambda b, h, q, k: -of(b, h, q, k)
+    if kind == 12:
+        return f"clamp({text}, 1, {number})", lambda b, h, q, k: torch.clamp(of(b, h, q, k), 1, number)
     other_text, other = random_number(rng, depth - 1, table)
+    if kind in (13, 14):
+        name, function = ("minimum", torch.minimum) if kind == 13 else ("maximum", torch.maximum)
+        return f"{name}({text}, {other_text})", lambda b, h, q, k: function(of(b, h, q, k), other(b, h, q, k))
+    if kind == 15:
+        return f"where({text} > {other_text})", lambda b, h, q, k: torch.where(
+            of(b, h, q, k) > other(b, h, q, k), of(b, h, q, k), other(b, h, q, k) + number
+        )
     if kind == 8:
         return f"({text} + {other_text})", lambda b, h, q, k: of(b, h, q, k) + other(b, h, q, k)
     return f"({text} - {other_text})", lambda b, h, q, k: of(b, h, q, k) - other(b, h, q, k)
@@ -116,6 +136,12 @@ DOCUMENTS = torch.repeat_interleave(torch.arange(5), torch.tensor([100, 1, 160, 
 READABLE: dict[str, MaskMod] = {
     "causal": lambda b, h, q, k: q >= k,
     "documents": lambda b, h, q, k: (DOCUMENTS[q] == DOCUMENTS[k]) & (q >= k),
+    "documents of batches": lambda b, h, q, k: (DOCUMENTS[None][b, q] == DOCUMENTS[None][b, k]) & (q >= k),
+    "and_masks": and_masks(lambda b, h, q, k: q >= k, lambda b, h, q, k: q - k <= 30),
+    "or_masks": or_masks(lambda b, h, q, k: q >= k, lambda b, h, q, k: k < 77),
+    "noop_mask": noop_mask,
+    "distance": lambda b, h, q, k: (q // 20 - k // 20).abs() <= 3,
+    "where": lambda b, h, q, k: torch.where(DOCUMENTS[q] == DOCUMENTS[k], q >= k, k < 3),
     "window": lambda b, h, q, k: (q - k <= 30) & (k - q <= 20),
     "prefix": lambda b, h, q, k: (k < 77) | (q >= k),
     "blocks": lambda b, h, q, k: q // 50 >= k // 50,
@@ -123,7 +149,7 @@ READABLE: dict[str, MaskMod] = {
     "all of them": lambda b, h, q, k: torch.ones((), dtype=torch.bool),
 }
 UNREADABLE: dict[str, MaskMod] = {
-    "where": lambda b, h, q, k: torch.where(DOCUMENTS[q] == DOCUMENTS[k], q >= k, k < 3),
+    "table of cells": lambda b, h, q, k: (DOCUMENTS[:300, None] >= DOCUMENTS[None, :300])[q % 300, k],
     "any": lambda b, h, q, k: (k == torch.tensor([3, 200, 7])).any() | (q == k),
     "float": lambda b, h, q, k: (q - k) * 0.5 <= 10.0,
     "wraps around": lambda b, h, q, k: DOCUMENTS[k - 1] == 4,
@@ -135,14 +161,15 @@ def test_functions_as_people_write_them(name: str) -> None:
     mod = {**READABLE, **UNREADABLE}[name]
     num_q, num_k = 350, 300
     expected = create_mask(mod, 1, 1, num_q, num_k, device="cpu")[0, 0].expand(num_q, num_k)
-    mask = AttnMask.from_mask_mod(mod, num_q, num_k)
+    given = {"num_batches": 1} if "batches" in name else {}
+    mask = AttnMask.from_mask_mod(mod, num_q, num_k, num_heads=1 if given else None, **given)
     np.testing.assert_array_equal(mask.to_dense(), expected.numpy())
-    tiles = torch.tensor([[0, 128], [128, 256], [256, 300]])
+    tiles, zero = torch.tensor([[0, 128], [128, 256], [256, 300]]), torch.tensor(0)
     if name in READABLE:
-        tile_bounds(mod, 0, 0, tiles, tiles)
+        tile_bounds(mod, zero, zero, tiles, tiles)
     else:
         with pytest.raises(NotReadableError):
-            tile_bounds(mod, 0, 0, tiles, tiles)
+            tile_bounds(mod, zero, zero, tiles, tiles)
 
 
 def test_numbers_that_wrap_around_are_not_trusted() -> None:
@@ -235,3 +262,48 @@ def test_batches_and_heads() -> None:
         AttnMask.from_block_mask(create_block_mask(by_batch, 1, 1, 12, 12, device="cpu"))
     same = create_block_mask(lambda b, h, q, k: (q >= k) & (b >= 0), 2, 3, 12, 12, device="cpu")
     assert AttnMask.from_block_mask(same) == AttnMask.causal(12)
+
+
+@pytest.mark.parametrize(
+    "mod",
+    [
+        lambda b, h, q, k: (h == 0) & (q >= k),
+        lambda b, h, q, k: (q >= k) | (b != 0),
+        lambda b, h, q, k: (q >= k) & (h in {0, 3}),
+        lambda b, h, q, k: q >= k if b is not None and not h else k < 3,
+        lambda b, h, q, k: q >= k + h,
+        and_masks(lambda b, h, q, k: q >= k, lambda b, h, q, k: h < 1),
+    ],
+)
+def test_a_function_that_reads_b_or_h_is_never_taken_for_one_that_does_not(mod: MaskMod) -> None:
+    with pytest.raises(ValueError, match="give num_batches and num_heads|without a branch on their values"):
+        AttnMask.from_mask_mod(mod, 12)
+
+
+@pytest.mark.parametrize(
+    ("mod", "complaint"),
+    [
+        (lambda b, h, q, k: True if q >= k else False, "without a branch on their values"),  # noqa: SIM210
+        (lambda b, h, q, k: (q >= k) and (q - k < 3), "without a branch on their values"),
+        (lambda b, h, q, k: 2 * (q >= k), "it returns torch.int64, not booleans"),
+        (lambda b, h, q, k: None, "it returns NoneType, not booleans"),
+        (lambda q, k: q >= k, "takes 2 positional arguments but 4 were given"),
+        (lambda b, h, q, k: DOCUMENTS[:100][q] == 0, "indices below 150 queries and 150 keys.*IndexError"),
+        (lambda b, h, q, k: torch.rand(()) < 0.5, "random"),
+        (None, "not callable"),
+    ],
+)
+def test_what_is_no_mask_mod_is_told(mod: MaskMod, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        AttnMask.from_mask_mod(mod, 150)
+
+
+def test_what_is_no_block_mask_is_told() -> None:
+    with pytest.raises(ValueError, match="must be a BlockMask of flex_attention, got function"):
+        AttnMask.from_block_mask(lambda b, h, q, k: q >= k)
+    with pytest.raises(ValueError, match="num_heads must be an int of 1 or more, got 0"):
+        AttnMask.from_mask_mod(lambda b, h, q, k: q >= h, 8, num_batches=1, num_heads=0)
+
+
+def test_a_function_of_no_cells_is_not_asked() -> None:
+    assert AttnMask.from_mask_mod(lambda b, h, q, k: DOCUMENTS[:0][q] == 0, 0, 5) == AttnMask.full(0, 5)

@@ -14,9 +14,12 @@ from magi_attention.common.enum import AttnMaskType
 from magi_attention.mask import bands as band_table
 from magi_attention.mask import builders, cells, columns, combine, documents, draw, serial
 from magi_attention.mask.bands import Ints
+from magi_attention.mask.inputs import as_ints, as_pairs
 from magi_attention.mask.simplify import simplify as _simplify
 
 _SHADES = " ░▒▓█"
+# Ranges of slices are int32 in every kernel, and up to here the cells of a mask can be counted in int64.
+_MOST_TOKENS = (1 << 31) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +27,7 @@ class AttnMask:
     """A frozen, hashable attention mask.
 
     ``bands``: ``[n, 6]`` int64, tight rows (see ``mask.bands``), read-only. ``num_q``, ``num_k``: lengths in tokens. Queries that no row
-    holds attend nothing.
+    holds attend nothing. Lengths are below 2^31, as int32 ranges have it; a longer one is a ValueError.
 
     Two masks are equal when their tables and lengths are: the same cells cut differently are different values.
     """
@@ -34,6 +37,11 @@ class AttnMask:
     num_k: int
 
     def __post_init__(self) -> None:
+        if max(self.num_q, self.num_k) > _MOST_TOKENS:
+            raise ValueError(
+                f"a mask is of up to {_MOST_TOKENS:,} queries and keys, which is what int32 ranges reach; got {self.num_q:,} queries "
+                f"and {self.num_k:,} keys"
+            )
         table = np.ascontiguousarray(self.bands, dtype=np.int64).reshape(-1, 6)
         if table is self.bands or table.base is not None:
             table = table.copy()
@@ -52,8 +60,9 @@ class AttnMask:
         """The mask of a list of slices.
 
         Args:
-            q_ranges, k_ranges: `AttnRanges`, lists of pairs or ``[n, 2]`` arrays: half-open token ranges.
-            attn_mask_type: one type for all slices or one for each: `AttnMaskType`, its string or its int.
+            q_ranges, k_ranges: `AttnRanges`, lists of pairs, or ``[n, 2]`` arrays or tensors: half-open token ranges.
+            attn_mask_type: one type for all slices or one for each: `AttnMaskType`, its string or its int; or ``[n]`` ints, array or
+                tensor.
             num_q, num_k: lengths in tokens; left out, the largest end.
 
         Raises:
@@ -66,8 +75,8 @@ class AttnMask:
                 "a mask needs one q_range, one k_range and one type for each slice, got "
                 f"{len(q_pairs)} q_ranges, {len(k_pairs)} k_ranges and {len(types)} types"
             )
-        num_q = int(q_pairs[:, 1].max(initial=0)) if num_q is None else num_q
-        num_k = int(k_pairs[:, 1].max(initial=0)) if num_k is None else num_k
+        num_q = int(q_pairs.max(initial=0)) if num_q is None else num_q
+        num_k = int(k_pairs.max(initial=0)) if num_k is None else num_k
         _check_ranges(q_pairs, num_q, "q_range")
         _check_ranges(k_pairs, num_k, "k_range")
         return cls(band_table.bands_from_slices(q_pairs, k_pairs, types), num_q, num_k)
@@ -87,6 +96,7 @@ class AttnMask:
     multimodal = staticmethod(builders.multimodal)
     cross_attention = staticmethod(builders.cross_attention)
 
+    from_cu_seqlens = staticmethod(builders.varlen)
     from_document_ids = staticmethod(documents.from_document_ids)
     from_position_ids = staticmethod(documents.from_position_ids)
     from_attention_mask = staticmethod(documents.from_attention_mask)
@@ -205,22 +215,21 @@ def _as_pairs(ranges: Any, name: str) -> Ints:
         ranges = ranges.to_naive_ranges()
     elif isinstance(ranges, Sequence):
         ranges = [r.to_naive_range() if hasattr(r, "to_naive_range") else tuple(r) for r in ranges]
-    pairs = np.asarray(ranges, dtype=np.int64)
-    if pairs.size and (pairs.ndim != 2 or pairs.shape[1] != 2):
-        raise ValueError(f"{name} must be pairs (start, end), shape [n, 2], got shape {list(pairs.shape)}")
-    return pairs.reshape(-1, 2)
+    return as_pairs(ranges, name)
 
 
 def _as_types(types: Any, num_slices: int) -> Ints:
     if isinstance(types, (str, int, AttnMaskType)):
-        types = [types] * num_slices
-    ints = [
-        AttnMaskType.from_int_type(int(t)).to_int_type()
-        if isinstance(t, (int, np.integer))
-        else AttnMaskType(t).to_int_type()
-        for t in types
-    ]
-    return np.asarray(ints, dtype=np.int64)
+        return np.full(num_slices, _as_type(types))
+    if hasattr(types, "dtype"):
+        types = as_ints(types, "attn_mask_type").tolist()
+    kinds = {kind: _as_type(kind) for kind in set(types)}
+    return np.fromiter((kinds[kind] for kind in types), np.int64, len(types))
+
+
+def _as_type(kind: Any) -> int:
+    kind = AttnMaskType.from_int_type(int(kind)) if isinstance(kind, (int, np.integer)) else AttnMaskType(kind)
+    return kind.to_int_type()
 
 
 def _check_ranges(pairs: Ints, length: int, name: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from magi_attention.mask.bands import CAUSAL, FULL, Ints, bands_from_slices, expand, tighten
-from magi_attention.mask.inputs import as_cu_seqlens, as_ints, as_lengths, check_length, ranges_of
+from magi_attention.mask.inputs import as_cu_seqlens, as_ints, as_lengths, as_pairs, check_length, ranges_of
 from magi_attention.mask.window import check_window, window_bands
 
 if TYPE_CHECKING:
@@ -339,7 +339,7 @@ def multimodal(num_tokens: int, image_spans: Any, cu_seqlens: Any = None) -> Att
     """
     num_tokens = check_length(num_tokens, "num_tokens")
     edges = as_cu_seqlens([0, num_tokens] if cu_seqlens is None else cu_seqlens, "cu_seqlens")
-    spans = np.asarray(image_spans, np.int64).reshape(-1, 2)
+    spans = as_pairs(image_spans, "image_spans")
     spans = spans[np.argsort(spans[:, 0], kind="stable")]
     start, end = spans.T
     if edges[-1] != num_tokens:

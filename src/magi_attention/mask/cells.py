@@ -50,7 +50,8 @@ def from_dense(dense: Any) -> AttnMask:
     if array.ndim != 2 or (array.dtype != bool and not np.isin(array, (0, 1)).all()):
         raise ValueError(
             "dense must be [num_q, num_k] of booleans, True where attended, got shape "
-            f"{list(array.shape)} of {array.dtype}; a mask that differs between batches or heads is one mask for each of them"
+            f"{list(array.shape)} of {array.dtype}; of what is added to logits, give `dense == 0`; a mask that differs between batches "
+            "or heads is one mask for each of them"
         )
     cells = array.astype(bool, copy=False)
     return make_mask(bands_of_cells(cells), *cells.shape)

@@ -23,7 +23,7 @@ def from_document_ids(document_ids: Any, *, causal: bool = True, padding_id: int
     """Tokens attend those of the same id. One row for each two runs of one id; a document in one piece is one row.
 
     Args:
-        document_ids: ``[num_tokens]`` ints. An id may come back further on: it is the same document.
+        document_ids: ``[num_tokens]`` (or ``[1, num_tokens]``) ints. An id may come back further on: it is the same document.
         causal: only earlier tokens and itself.
         padding_id: tokens of this id attend nothing and are attended by nothing; None: there are none.
     """
@@ -44,11 +44,14 @@ def from_document_ids(document_ids: Any, *, causal: bool = True, padding_id: int
     ranges = np.stack([starts, ends], axis=1)
     types = np.where(causal & (q_run == k_run), CAUSAL, FULL)
     bands = bands_from_slices(ranges[q_run], ranges[k_run], types)
-    return make_mask(bands, len(ids), len(ids))
+    return make_mask(bands[np.lexsort((bands[:, K0], bands[:, Q0]))], len(ids), len(ids))
 
 
 def from_position_ids(position_ids: Any, *, causal: bool = True) -> AttnMask:
     """Packed documents whose positions count 0, 1, 2, ... and begin again at 0 with each document. One row a document.
+
+    Args:
+        position_ids: ``[num_tokens]`` (or ``[1, num_tokens]``) ints.
 
     Raises:
         ValueError: a position that neither continues nor restarts at 0, from which no document can be told.

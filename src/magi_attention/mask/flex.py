@@ -48,12 +48,13 @@ def from_mask_mod(
         device: where the function is evaluated: where the tensors are that it reads.
 
     Raises:
-        ValueError: it reads ``b`` or ``h`` and their numbers are not given, or it says different things for two of them.
+        ValueError: it reads ``b`` or ``h`` and their numbers are not given, or it says different things for two of them; or it is not
+            what flex_attention takes: it fails, branches on the value of an index, or returns something else than booleans.
     """
     num_q = check_length(num_q, "num_q")
     num_k = num_q if num_k is None else check_length(num_k, "num_k")
     masks = []
-    for b, h in _batches_and_heads(mask_mod, num_batches, num_heads, device):
+    for b, h in _batches_and_heads(mask_mod, (num_q, num_k), num_batches, num_heads, device):
         try:
             size = (_TILE, _TILE)
             always, ever = _bounds(mask_mod, b, h, *(_tile_ranges(length, _TILE) for length in (num_q, num_k)))
@@ -74,15 +75,19 @@ def from_block_mask(block_mask: BlockMask, *, num_batches: int | None = None, nu
             ``mask_mod`` reads ``b`` or ``h``, they have to be given.
 
     Raises:
-        ValueError: masks that differ between batches or heads, or that cannot be told to be equal.
+        ValueError: masks that differ between batches or heads, or that cannot be told to be equal; a ``mask_mod`` that fails.
     """
+    if not isinstance(block_mask, BlockMask):
+        raise ValueError(
+            f"block_mask must be a BlockMask of flex_attention, got {type(block_mask).__name__}; for a function, use from_mask_mod"
+        )
     blocks_b, blocks_h = block_mask.kv_num_blocks.shape[:2]
     num_batches = blocks_b if num_batches is None and blocks_b > 1 else num_batches
     num_heads = blocks_h if num_heads is None and blocks_h > 1 else num_heads
     num_q, num_k = (int(length) for length in block_mask.seq_lengths)
     device = block_mask.kv_num_blocks.device
     masks = []
-    for b, h in _batches_and_heads(block_mask.mask_mod, num_batches, num_heads, device):
+    for b, h in _batches_and_heads(block_mask.mask_mod, (num_q, num_k), num_batches, num_heads, device):
         at = (b if blocks_b > 1 else 0, h if blocks_h > 1 else 0)
         size = (int(block_mask.BLOCK_SIZE[0]), int(block_mask.BLOCK_SIZE[1]))
         shape = (-(-num_q // size[0]), -(-num_k // size[1]))
@@ -156,10 +161,11 @@ def _bounds(mask_mod: MaskMod, b: int, h: int, q_ranges: Ints, k_ranges: Ints) -
     """`tile_bounds`, strip by strip."""
     shape = (len(q_ranges), len(k_ranges))
     always, ever = np.zeros(shape, bool), np.zeros(shape, bool)
+    here_b, here_h = torch.tensor(b), torch.tensor(h)
     strip = max(_TILES_AT_ONCE // max(shape[1], 1), 1)
     for at in range(0, shape[0] if shape[1] else 0, strip):
         part = torch.from_numpy(q_ranges[at : at + strip])
-        low, high = tile_bounds(mask_mod, b, h, part, torch.from_numpy(k_ranges))
+        low, high = tile_bounds(mask_mod, here_b, here_h, part, torch.from_numpy(k_ranges))
         always[at : at + strip], ever[at : at + strip] = low.numpy(), high.numpy()
     return always, ever
 
@@ -216,11 +222,20 @@ def _evaluate(
         # Beyond the lengths, ask of the last: tables that the function reads need not reach further.
         q = (q_from[tile] + i).clamp(max=lengths[0] - 1)
         k = (k_from[tile] + j).clamp(max=lengths[1] - 1)
-        said: Tensor = mask_mod(here_b, here_h, q, k)
+        said = mask_mod(here_b, here_h, q, k)
+        if not isinstance(said, bool) and getattr(said, "dtype", None) != torch.bool:
+            raise TypeError(f"it returns {getattr(said, 'dtype', type(said).__name__)}, not booleans")
         # A function that says the same of all says it without reading i or j.
-        return said & (i >= 0) & (j >= 0)
+        result: Tensor = said & (i >= 0) & (j >= 0)
+        return result
 
-    said = create_mask(of_tile, 1, len(q_start), *size, device=str(device))[0].cpu().numpy()
+    try:
+        said = create_mask(of_tile, 1, len(q_start), *size, device=str(device))[0].cpu().numpy()
+    except Exception as error:  # whatever a user's function raises
+        raise ValueError(
+            f"the mask_mod must take tensors (b, h, q, k) of indices below {lengths[0]} queries and {lengths[1]} keys, and return a "
+            f"tensor of booleans without a branch on their values, as flex_attention has it; got {type(error).__name__}: {error}"
+        ) from error
     inside_q = q_start[:, None] + np.arange(size[0]) < lengths[0]
     inside_k = k_start[:, None] + np.arange(size[1]) < lengths[1]
     cells: Flags = said & inside_q[:, :, None] & inside_k[:, None, :]
@@ -229,29 +244,53 @@ def _evaluate(
 
 def _batches_and_heads(
     mask_mod: MaskMod,
+    lengths: tuple[int, int],
     num_batches: int | None,
     num_heads: int | None,
     device: str | torch.device,
 ) -> list[tuple[int, int]]:
-    """The pairs ``(b, h)`` to ask about; one alone where the function reads neither."""
+    """The pairs ``(b, h)`` to ask about; one alone where the function reads neither. ValueError where it cannot be asked."""
+    if not all(lengths):
+        return [(0, 0)]  # there is no cell that it could say something of
+    first = np.zeros(1, np.int64)
+    _evaluate(mask_mod, 0, 0, first, first, lengths, (1, 1), device)
     unknown = [name for name, count in (("num_batches", num_batches), ("num_heads", num_heads)) if count is None]
     if unknown and _reads_batch_or_head(mask_mod, device):
         raise ValueError(
-            f"the mask_mod reads b or h (or cannot be called with single indices), so that one mask cannot be proved to hold for all: "
-            f"give {' and '.join(unknown)}, and it is checked for each"
+            f"the mask_mod reads b or h, so that one mask cannot be proved to hold for all: give {' and '.join(unknown)}, and it is "
+            "checked for each"
         )
-    counts = [1 if count is None else count for count in (num_batches, num_heads)]
+    counts = [
+        1 if count is None else check_length(count, name, 1)
+        for name, count in (("num_batches", num_batches), ("num_heads", num_heads))
+    ]
     return [(b, h) for b in range(counts[0]) for h in range(counts[1])]
 
 
 class _Unread:
-    """Stands for b or h: any use of it fails."""
+    """Stands for b or h: any use of its value fails. Taking its device, or making a tensor like it as ``and_masks`` does, is none."""
+
+    _HARMLESS = ("device", "dtype", "new_ones", "new_zeros", "new_full", "new_tensor")
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._HARMLESS:
+            raise AttributeError(name)
+        return getattr(self._like, name)
+
+    def _fail(self, *_: object) -> Any:
+        raise TypeError("b or h is read")
+
+    # What every object has, and would answer: that it is unlike an index.
+    __eq__ = __ne__ = __hash__ = __bool__ = __str__ = __repr__ = _fail  # type: ignore[assignment]
 
 
 def _reads_batch_or_head(mask_mod: MaskMod, device: str | torch.device) -> bool:
     zero = torch.zeros((), dtype=torch.int64, device=device)
     try:
-        mask_mod(_Unread(), _Unread(), zero, zero)
+        mask_mod(_Unread(zero), _Unread(zero), zero, zero)
     except Exception:  # whatever a user's function raises when it is given what is no index
         return True
     return False

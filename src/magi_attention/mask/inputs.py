@@ -24,15 +24,31 @@ def as_array(values: Any, name: str) -> np.ndarray[Any, Any]:
 
 
 def as_ints(values: Any, name: str) -> Ints:
-    """``[n]`` int64.
+    """``[n]`` int64. Leading axes of size 1 are dropped: programs hold packed batches as a batch of one.
 
     Raises:
         ValueError: not one axis of whole numbers.
     """
     array = as_array(values, name)
+    while array.ndim > 1 and array.shape[0] == 1:
+        array = array[0]
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(f"{name} must be one axis of ints, got shape {list(array.shape)} of {array.dtype}")
     return array.astype(np.int64)
+
+
+def as_pairs(values: Any, name: str) -> Ints:
+    """``[n, 2]`` int64.
+
+    Raises:
+        ValueError: not pairs of whole numbers.
+    """
+    array = as_array(values, name)
+    if array.size and (array.ndim != 2 or array.shape[1] != 2 or array.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{name} must be pairs of ints (start, end), shape [n, 2], got shape {list(array.shape)} of {array.dtype}"
+        )
+    return array.astype(np.int64).reshape(-1, 2)
 
 
 def as_cu_seqlens(values: Any, name: str) -> Ints:

@@ -34,10 +34,11 @@ class NotReadableError(Exception):
     """The function does what ranges cannot follow; its cells have to be looked at."""
 
 
-def tile_bounds(mask_mod: MaskMod, b: int, h: int, q_ranges: Tensor, k_ranges: Tensor) -> tuple[Tensor, Tensor]:
+def tile_bounds(mask_mod: MaskMod, b: Any, h: Any, q_ranges: Tensor, k_ranges: Tensor) -> tuple[Tensor, Tensor]:
     """``(always, ever)``, ``[num_tile_rows, num_tile_columns]`` bool: attended in the whole tile, and perhaps somewhere in it.
 
     Args:
+        b, h: indices as they are, ints or tensors without axes.
         q_ranges, k_ranges: ``[n, 2]`` int64, the half-open ranges of the tiles.
 
     Raises:
@@ -73,9 +74,6 @@ class _Range:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise NotReadableError("it is called outside")  # inside, `_Follow` comes first
-
-    def __invert__(self) -> _Range:
-        return _not(self)
 
 
 def _as_range(value: Any) -> _Range:
@@ -179,6 +177,37 @@ def _xor(a: _Range, b: _Range) -> _Range:
     return _or(_and(a, _not(b)), _and(_not(a), b))
 
 
+def _abs(a: _Range) -> _Range:
+    _check_numbers(a)
+    spans_zero = (a.low <= 0) & (a.high >= 0)
+    low = torch.where(spans_zero, 0, torch.minimum(a.low.abs(), a.high.abs()))
+    return _Range(low, torch.maximum(a.low.abs(), a.high.abs()))
+
+
+def _least(a: _Range, b: _Range) -> _Range:
+    _check_numbers(a, b)
+    return _Range(torch.minimum(a.low, b.low), torch.minimum(a.high, b.high))
+
+
+def _largest(a: _Range, b: _Range) -> _Range:
+    _check_numbers(a, b)
+    return _Range(torch.maximum(a.low, b.low), torch.maximum(a.high, b.high))
+
+
+def _clamp(a: _Range, least: _Range, largest: _Range) -> _Range:
+    return _least(_largest(a, least), largest)
+
+
+def _where(flag: _Range, a: _Range, b: _Range) -> _Range:
+    """One of the two where it is known which, else anything of either."""
+    if not flag.is_flag or a.is_flag != b.is_flag:
+        raise NotReadableError("it chooses by what is no boolean, or between a boolean and a number")
+    yes, no = flag.low > 0, flag.high == 0
+    low = torch.where(yes, a.low, torch.where(no, b.low, torch.minimum(a.low, b.low)))
+    high = torch.where(yes, a.high, torch.where(no, b.high, torch.maximum(a.high, b.high)))
+    return _Range(low, high, a.is_flag)
+
+
 _OPERATIONS: dict[str, Callable[..., _Range]] = {
     **dict.fromkeys(("add", "radd"), _add),
     **dict.fromkeys(("sub", "subtract"), _sub),
@@ -200,17 +229,24 @@ _OPERATIONS: dict[str, Callable[..., _Range]] = {
     "ge": lambda a, b: _le(b, a),
     "less": _lt,
     "greater": lambda a, b: _lt(b, a),
+    "neg": lambda a: _sub(_as_range(0), a),
+    "abs": _abs,
+    "minimum": _least,
+    "maximum": _largest,
+    "clamp": _clamp,
+    "where": _where,
 }
 
 
-def _method(of: Callable[..., _Range]) -> Callable[[_Range, Any], _Range]:
-    return lambda self, other: of(self, _as_range(other))
+def _method(of: Callable[..., _Range]) -> Callable[..., _Range]:
+    return lambda self, *others: of(self, *(_as_range(other) for other in others))
 
 
-# Operators, `==` among them: ranges are compared, never hashed.
+# Operators and methods. Ranges are compared with `==`, and never hashed.
 for _name, _operation in _OPERATIONS.items():
-    if _operation is not _not:
-        setattr(_Range, f"__{_name}__", _method(_operation))
+    setattr(_Range, f"__{_name}__", _method(_operation))
+for _name in ("abs", "clamp"):
+    setattr(_Range, _name, _method(_OPERATIONS[_name]))
 
 
 @dataclass
@@ -252,18 +288,31 @@ class _Follow(TorchFunctionMode):
         self.tables: dict[int, _Extremes] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not any(isinstance(arg, _Range) for arg in args):
-            return func(*args, **(kwargs or {}))
         name = func.__name__.strip("_")
+        is_look_up = name == "getitem" and _holds_range(args[1])
+        if not is_look_up and not any(isinstance(arg, _Range) for arg in args):
+            return func(*args, **(kwargs or {}))
         if kwargs:
             raise NotReadableError(f"it uses {name} with options")
-        if name == "getitem":
-            table, index = args
-            if not isinstance(table, Tensor) or table.ndim != 1 or table.dtype not in _DTYPES:
-                raise NotReadableError("it looks up something else than a row of ints")
-            if id(table) not in self.tables:  # which holds the table, so that its id stays its own
-                self.tables[id(table)] = _Extremes(table)
-            return self.tables[id(table)].look_up(index)
+        if is_look_up:
+            return self.look_up(*args)
         if name not in _OPERATIONS:
             raise NotReadableError(f"it uses {name}")
         return _OPERATIONS[name](*(_as_range(arg) for arg in args))
+
+    def look_up(self, table: Any, index: Any) -> _Range:
+        """``table[q]``, or ``table[b, q]`` with everything before the range a single index."""
+        *before, last = index if isinstance(index, tuple) else (index,)
+        if not isinstance(table, Tensor) or table.ndim != len(before) + 1 or table.dtype not in _DTYPES:
+            raise NotReadableError("it looks up something else than a row of ints")
+        if _holds_range(tuple(before)) or not isinstance(last, _Range):
+            raise NotReadableError("it looks up a table by more than one range")
+        if before:
+            return _Extremes(table[tuple(before)]).look_up(last)
+        if id(table) not in self.tables:  # which holds the table, so that its id stays its own
+            self.tables[id(table)] = _Extremes(table)
+        return self.tables[id(table)].look_up(last)
+
+
+def _holds_range(index: Any) -> bool:
+    return any(isinstance(one, _Range) for one in (index if isinstance(index, tuple) else (index,)))

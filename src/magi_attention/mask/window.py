@@ -26,7 +26,7 @@ Trying every set of slices shows that no fewer do, for samples of up to 10 token
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -79,7 +79,7 @@ def check_window(window_size: Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: anything but two ints of -1 or more.
     """
-    window = tuple(window_size)
+    window = tuple(window_size) if isinstance(window_size, Iterable) else ()
     if len(window) != 2 or not all(isinstance(side, (int, np.integer)) and side >= -1 for side in window):
         raise ValueError(
             "window_size must be two ints (left, right): how many keys a query sees on either side of its own, -1 for all; got "
