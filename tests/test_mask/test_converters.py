@@ -133,8 +133,13 @@ def test_column_bounds(num_cases: int) -> None:
         causal = bool(rng.integers(2))
         width = int(rng.choice([1, 2] if causal else [2, 4]))
         bounds = rng.integers(0, num_q + 2, (num_k, width))
-        if rng.integers(2):
+        kind = int(rng.integers(4))
+        if kind == 1:
             bounds = np.sort(bounds, axis=0)
+        elif kind > 1 and num_k:  # level or slanting over several keys
+            length = int(rng.integers(1, 9))
+            at = np.arange(num_k)
+            bounds = bounds[at // length] + (at % length)[:, None] * rng.integers(0, 2, width)
         expected = np.ones((num_q, num_k), bool)
         for j in range(num_k):
             c = bounds[j].tolist()
@@ -159,6 +164,18 @@ def test_column_bounds_of_documents_are_a_row_a_document() -> None:
     mask = AttnMask.from_startend_row_indices(ends[:, None], causal=True)
     assert mask.attends_same(AttnMask.varlen(edges, causal=True))
     assert len(mask.bands) == 4
+
+
+def test_column_bounds_of_windows_are_a_row() -> None:
+    n = 100_000
+    key = np.arange(n)
+    until = np.minimum(key + 512, n)
+    for bounds, causal, expected in (
+        (until[:, None], True, AttnMask.sliding_window(n, (511, 0))),
+        (np.stack([until, np.maximum(key - 9, 0)], axis=1), False, AttnMask.sliding_window(n, (511, 9))),
+        (np.stack([key + 1000, np.full(n, n)], axis=1), True, AttnMask.sliding_window(n, (999, 0))),
+    ):
+        assert AttnMask.from_startend_row_indices(bounds, causal=causal) == expected
 
 
 @pytest.mark.parametrize("num_cases", CASES)

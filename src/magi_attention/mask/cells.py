@@ -92,6 +92,36 @@ def stack_runs(query: Ints, begin: Ints, end: Ints) -> Ints:
     return np.stack([q0, q1, k0, k1, k0 - q1 + 1, k1 - 1 - q0], axis=1)
 
 
+def chain_runs(line: Ints, begin: Ints, end: Ints) -> Ints:
+    """``[n, 6]`` rows of runs ``(line, [begin, end))`` that are ordered by line, then begin: in time that grows as their number.
+
+    Lines that follow each other and have equally many runs continue one another's, the first the first. A row goes on while both of
+    its ends stay or both steps are as before, by none or one; `merge_bands` finds what is left to merge.
+    """
+    if not len(line):
+        return np.empty((0, 6), np.int64)
+    opens = np.append(True, np.diff(line) != 0)
+    first = np.flatnonzero(opens)  # of each line
+    count = np.diff(np.append(first, len(line)))
+    # Blocks of lines that follow each other with equally many runs, and in them run by run where it was line by line.
+    block = np.cumsum(np.append(True, (np.diff(line[first]) != 1) | (np.diff(count) != 0)))
+    of_line = np.cumsum(opens) - 1
+    block = block[of_line]
+    if count.max() > 1:
+        order = np.lexsort((np.arange(len(line)) - first[of_line], block))
+        line, begin, end, block = line[order], begin[order], end[order], block[order]
+    down, left, right = np.diff(line), np.diff(begin), np.diff(end)
+    follows = (np.diff(block) == 0) & (down == 1) & (left >> 1 == 0) & (right >> 1 == 0)
+    step = np.where(follows, 2 * left + right, -1)
+    goes_on = follows & np.append(True, (step[1:] == step[:-1]) | ~follows[:-1])
+    start = np.flatnonzero(np.append(True, ~goes_on))
+    stop = np.append(start[1:], len(line)) - 1
+    q0, q1, k0, k1 = line[start], line[stop] + 1, begin[start], end[stop]
+    lo = np.where(begin[stop] > k0, k0 - q0, k0 - q1 + 1)
+    hi = np.where(end[start] < k1, end[start] - 1 - q0, k1 - 1 - q0)
+    return np.stack([q0, q1, k0, k1, lo, hi], axis=1)
+
+
 def runs_by_line(cells: Cells) -> tuple[Ints, Ints, Ints]:
     """``(line, begin, end)`` of every run of True along the lines of ``cells``, ``[n]`` each, ordered by line, then begin."""
     padded = np.zeros((cells.shape[0], cells.shape[1] + 1), bool)

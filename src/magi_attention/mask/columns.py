@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from magi_attention.mask.bands import K0, K1, Q0, Q1, Ints, tighten
 from magi_attention.mask.builders import make_mask
-from magi_attention.mask.cells import stack_runs
+from magi_attention.mask.cells import chain_runs
 from magi_attention.mask.combine import transpose_bands
 from magi_attention.mask.inputs import as_array, check_length
 from magi_attention.mask.simplify import merge_bands
@@ -51,21 +52,32 @@ def from_startend_row_indices(indices: Any, num_q: int | None = None, *, causal:
     num_k = len(array)
     num_q = num_k if num_q is None else check_length(num_q, "num_q")
     bounds = np.clip(array.astype(np.int64), 0, num_q)
-    nothing, everything = np.zeros(num_k, np.int64), np.full(num_k, num_q)
-    if array.shape[1] == 1:
+    # Neighbours of the same bounds are told together.
+    first = np.flatnonzero(np.append(True, (np.diff(bounds, axis=0) != 0).any(axis=1))[:num_k])
+    group, q0, q1 = _seen_queries(bounds[first], num_q, causal)
+    k0, k1 = first[group], np.append(first[1:], num_k)[group]
+    hi = np.full(len(group), num_k - num_q) if causal else k1 - 1 - q0
+    rows = tighten(np.stack([q0, q1, k0, k1, k0 - q1 + 1, hi], axis=1))[0]
+    alone = rows[:, K1] - rows[:, K0] == 1
+    slanting = transpose_bands(chain_runs(rows[alone, K0], rows[alone, Q0], rows[alone, Q1]))
+    return make_mask(merge_bands(np.concatenate([rows[~alone], slanting])), num_q, num_k)
+
+
+def _seen_queries(bounds: Ints, num_q: int, causal: bool) -> tuple[Ints, Ints, Ints]:
+    """``(key, begin, end)`` ``[n]``: the queries between those that the bounds hide, ordered by key, then query."""
+    nothing, everything = np.zeros(len(bounds), np.int64), np.full(len(bounds), num_q)
+    if bounds.shape[1] == 1:
         hidden = [(bounds[:, 0], everything)]
-    elif array.shape[1] == 2:
+    elif bounds.shape[1] == 2:
         hidden = [(bounds[:, 0], bounds[:, 1])] if causal else [(bounds[:, 0], everything), (nothing, bounds[:, 1])]
     else:
         hidden = [(bounds[:, 0], bounds[:, 1]), (bounds[:, 2], bounds[:, 3])]
-    top = np.clip(np.arange(num_k) + num_q - num_k, 0, num_q) if causal else nothing
     # Between the hidden intervals, in the order in which they lie.
-    starts, ends = (np.stack(edges, axis=1) for edges in zip((nothing, top), *hidden, strict=True))
+    starts, ends = (np.stack(edges, axis=1) for edges in zip((nothing, nothing), *hidden, strict=True))
     ends = np.maximum(starts, ends)
     order = np.argsort(starts, axis=1, kind="stable")
     starts, ends = np.take_along_axis(starts, order, axis=1), np.take_along_axis(ends, order, axis=1)
     seen_from = np.maximum.accumulate(ends, axis=1)
     seen_until = np.concatenate([starts[:, 1:], everything[:, None]], axis=1)
     key, at = np.nonzero(seen_from < seen_until)
-    rectangles = stack_runs(key, seen_from[key, at], seen_until[key, at])
-    return make_mask(merge_bands(transpose_bands(rectangles)), num_q, num_k)
+    return key, seen_from[key, at], seen_until[key, at]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,14 +56,15 @@ def from_mask_mod(
     num_k = num_q if num_k is None else check_length(num_k, "num_k")
     masks = []
     for b, h in _batches_and_heads(mask_mod, (num_q, num_k), num_batches, num_heads, device):
+        question, size = _Question(mask_mod, b, h, (num_q, num_k), device), (_TILE, _TILE)
         try:
-            size = (_TILE, _TILE)
-            always, ever = _bounds(mask_mod, b, h, *(_tile_ranges(length, _TILE) for length in (num_q, num_k)))
+            always, ever = _bounds(question, size)
+            question = replace(question, is_elementwise=True)
         except NotReadableError:
             size = (_TILE, _WIDE_TILE)
             ever = np.ones((-(-num_q // _TILE), -(-num_k // _WIDE_TILE)), bool)
             always = np.zeros_like(ever)
-        rows = _rows_of_tiles(always, ever & ~always, mask_mod, b, h, (num_q, num_k), size, device)
+        rows = _rows_of_tiles(always, ever & ~always, question, size)
         masks.append(make_mask(rows, num_q, num_k))
     return _the_only(masks, "the mask_mod")
 
@@ -93,7 +95,8 @@ def from_block_mask(block_mask: BlockMask, *, num_batches: int | None = None, nu
         shape = (-(-num_q // size[0]), -(-num_k // size[1]))
         full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, at, shape)
         partial = _listed(block_mask.kv_num_blocks, block_mask.kv_indices, at, shape) & ~full
-        rows = _rows_of_tiles(full, partial, block_mask.mask_mod, b, h, (num_q, num_k), size, device)
+        question = _Question(block_mask.mask_mod, b, h, (num_q, num_k), device)
+        rows = _rows_of_tiles(full, partial, replace(question, is_elementwise=_is_readable(question, size)), size)
         masks.append(make_mask(rows, num_q, num_k))
     return _the_only(masks, "the BlockMask")
 
@@ -157,29 +160,88 @@ def _tile_ranges(length: int, size: int) -> Ints:
     return np.stack([starts, np.minimum(starts + size, length)], axis=1)
 
 
-def _bounds(mask_mod: MaskMod, b: int, h: int, q_ranges: Ints, k_ranges: Ints) -> tuple[Flags, Flags]:
+@dataclass(frozen=True, eq=False)
+class _Question:
+    """A ``mask_mod`` that is asked about tiles, for one batch and head.
+
+    ``is_elementwise``: proved to calculate with ints of which none leaves int32, element by element: then it says the same of many
+    indices at once.
+    """
+
+    mask_mod: MaskMod
+    b: int
+    h: int
+    lengths: tuple[int, int]
+    device: str | torch.device
+    is_elementwise: bool = False
+
+    def ask(self, q_start: Ints, k_start: Ints, size: tuple[int, int]) -> Flags:
+        """``[num_tiles, *size]`` bool: what the function says, inside the lengths, of tiles that begin at ``q_start``, ``k_start``.
+
+        Raises:
+            ValueError: the function fails, or returns something else than booleans.
+        """
+        ask = self._at_once if self.is_elementwise else self._as_flex_attention_does
+        starts = (torch.as_tensor(start, device=self.device) for start in (q_start, k_start))
+        try:
+            said: Flags = ask(*starts, size).cpu().numpy()
+        except Exception as error:  # whatever a user's function raises
+            raise ValueError(
+                f"the mask_mod must take tensors (b, h, q, k) of indices below {self.lengths[0]} queries and {self.lengths[1]} keys, and "
+                "return a tensor of booleans without a branch on their values, as flex_attention has it; got "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        inside_q = q_start[:, None] + np.arange(size[0]) < self.lengths[0]
+        inside_k = k_start[:, None] + np.arange(size[1]) < self.lengths[1]
+        cells: Flags = said & inside_q[:, :, None] & inside_k[:, None, :]
+        return cells
+
+    def _at_once(self, q_start: Tensor, k_start: Tensor, size: tuple[int, int]) -> Tensor:
+        i, j = (torch.arange(length, device=self.device) for length in size)
+        said = self._call((q_start[:, None] + i)[:, :, None], (k_start[:, None] + j)[:, None, :])
+        return torch.as_tensor(said, device=self.device).expand(len(q_start), *size)
+
+    def _as_flex_attention_does(self, q_start: Tensor, k_start: Tensor, size: tuple[int, int]) -> Tensor:
+        def of_tile(_: Tensor, tile: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            # A function that says the same of all says it without reading i or j.
+            result: Tensor = self._call(q_start[tile] + i, k_start[tile] + j) & (i >= 0) & (j >= 0)
+            return result
+
+        said: Tensor = create_mask(of_tile, 1, len(q_start), *size, device=str(self.device))[0]
+        return said
+
+    def _call(self, q: Tensor, k: Tensor) -> Any:
+        here_b, here_h = (torch.tensor(index, device=self.device) for index in (self.b, self.h))
+        # Beyond the lengths, ask of the last: tables that the function reads need not reach further.
+        said = self.mask_mod(here_b, here_h, q.clamp(max=self.lengths[0] - 1), k.clamp(max=self.lengths[1] - 1))
+        if not isinstance(said, bool) and getattr(said, "dtype", None) != torch.bool:
+            raise TypeError(f"it returns {getattr(said, 'dtype', type(said).__name__)}, not booleans")
+        return said
+
+
+def _bounds(question: _Question, size: tuple[int, int]) -> tuple[Flags, Flags]:
     """`tile_bounds`, strip by strip."""
+    q_ranges, k_ranges = (_tile_ranges(*pair) for pair in zip(question.lengths, size, strict=True))
     shape = (len(q_ranges), len(k_ranges))
     always, ever = np.zeros(shape, bool), np.zeros(shape, bool)
-    here_b, here_h = torch.tensor(b), torch.tensor(h)
+    here_b, here_h = torch.tensor(question.b), torch.tensor(question.h)
     strip = max(_TILES_AT_ONCE // max(shape[1], 1), 1)
     for at in range(0, shape[0] if shape[1] else 0, strip):
         part = torch.from_numpy(q_ranges[at : at + strip])
-        low, high = tile_bounds(mask_mod, here_b, here_h, part, torch.from_numpy(k_ranges))
+        low, high = tile_bounds(question.mask_mod, here_b, here_h, part, torch.from_numpy(k_ranges))
         always[at : at + strip], ever[at : at + strip] = low.numpy(), high.numpy()
     return always, ever
 
 
-def _rows_of_tiles(
-    full: Flags,
-    partial: Flags,
-    mask_mod: MaskMod,
-    b: int,
-    h: int,
-    lengths: tuple[int, int],
-    size: tuple[int, int],
-    device: str | torch.device,
-) -> Ints:
+def _is_readable(question: _Question, size: tuple[int, int]) -> bool:
+    try:
+        _bounds(question, size)
+    except NotReadableError:
+        return False
+    return True
+
+
+def _rows_of_tiles(full: Flags, partial: Flags, question: _Question, size: tuple[int, int]) -> Ints:
     """The rows of full tiles, and of the attended cells of partial ones, which are evaluated."""
     full = full.copy()
     tile_q, tile_k = np.nonzero(partial)
@@ -187,7 +249,7 @@ def _rows_of_tiles(
     step = max(_CELLS_AT_ONCE // (size[0] * size[1]), 1)
     for at in range(0, len(tile_q), step):
         q_start, k_start = tile_q[at : at + step] * size[0], tile_k[at : at + step] * size[1]
-        cells = _evaluate(mask_mod, b, h, q_start, k_start, lengths, size, device)
+        cells = question.ask(q_start, k_start, size)
         whole = cells.all(axis=(1, 2))
         full[tile_q[at : at + step][whole], tile_k[at : at + step][whole]] = True
         tile, cells = np.flatnonzero(~whole), cells[~whole]
@@ -197,49 +259,11 @@ def _rows_of_tiles(
     # Whole tiles at the border are cut where the sequence ends.
     rows = equal_runs(full)
     rows = np.stack([rows[:, 0] * size[0], rows[:, 1] * size[0], rows[:, 2] * size[1], rows[:, 3] * size[1]], axis=1)
-    rows = np.minimum(rows, [lengths[0], lengths[0], lengths[1], lengths[1]])
+    rows = np.minimum(rows, np.repeat(question.lengths, 2))
     q0, q1, k0, k1 = rows.T
     rectangles = np.stack([q0, q1, k0, k1, k0 - q1 + 1, k1 - 1 - q0], axis=1)
     runs = np.concatenate([np.empty((0, 3), np.int64), *parts])
     return merge_bands(np.concatenate([rectangles, stack_runs(*runs.T)]))
-
-
-def _evaluate(
-    mask_mod: MaskMod,
-    b: int,
-    h: int,
-    q_start: Ints,
-    k_start: Ints,
-    lengths: tuple[int, int],
-    size: tuple[int, int],
-    device: str | torch.device,
-) -> Flags:
-    """``[num_tiles, *size]`` bool: what the function says, as flex_attention asks it, inside the lengths."""
-    q_from, k_from = torch.as_tensor(q_start, device=device), torch.as_tensor(k_start, device=device)
-    here_b, here_h = torch.tensor(b, device=device), torch.tensor(h, device=device)
-
-    def of_tile(_: Tensor, tile: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        # Beyond the lengths, ask of the last: tables that the function reads need not reach further.
-        q = (q_from[tile] + i).clamp(max=lengths[0] - 1)
-        k = (k_from[tile] + j).clamp(max=lengths[1] - 1)
-        said = mask_mod(here_b, here_h, q, k)
-        if not isinstance(said, bool) and getattr(said, "dtype", None) != torch.bool:
-            raise TypeError(f"it returns {getattr(said, 'dtype', type(said).__name__)}, not booleans")
-        # A function that says the same of all says it without reading i or j.
-        result: Tensor = said & (i >= 0) & (j >= 0)
-        return result
-
-    try:
-        said = create_mask(of_tile, 1, len(q_start), *size, device=str(device))[0].cpu().numpy()
-    except Exception as error:  # whatever a user's function raises
-        raise ValueError(
-            f"the mask_mod must take tensors (b, h, q, k) of indices below {lengths[0]} queries and {lengths[1]} keys, and return a "
-            f"tensor of booleans without a branch on their values, as flex_attention has it; got {type(error).__name__}: {error}"
-        ) from error
-    inside_q = q_start[:, None] + np.arange(size[0]) < lengths[0]
-    inside_k = k_start[:, None] + np.arange(size[1]) < lengths[1]
-    cells: Flags = said & inside_q[:, :, None] & inside_k[:, None, :]
-    return cells
 
 
 def _batches_and_heads(
@@ -252,8 +276,8 @@ def _batches_and_heads(
     """The pairs ``(b, h)`` to ask about; one alone where the function reads neither. ValueError where it cannot be asked."""
     if not all(lengths):
         return [(0, 0)]  # there is no cell that it could say something of
-    first = np.zeros(1, np.int64)
-    _evaluate(mask_mod, 0, 0, first, first, lengths, (1, 1), device)
+    first, question = np.zeros(1, np.int64), _Question(mask_mod, 0, 0, lengths, device)
+    replace(question, is_elementwise=_is_readable(question, lengths)).ask(first, first, (1, 1))
     unknown = [name for name, count in (("num_batches", num_batches), ("num_heads", num_heads)) if count is None]
     if unknown and _reads_batch_or_head(mask_mod, device):
         raise ValueError(

@@ -28,6 +28,8 @@ MaskMod = Callable[[Any, Any, Any, Any], Any]
 _LARGEST = 1 << 31
 # Narrower ones wrap around earlier.
 _DTYPES = (torch.bool, torch.int32, torch.int64)
+# What torch's functions are called that say something else each time.
+_RANDOM = ("rand", "bernoulli", "multinomial", "normal")
 
 
 class NotReadableError(Exception):
@@ -289,6 +291,8 @@ class _Follow(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__.strip("_")
+        if name.startswith(_RANDOM):
+            raise NotReadableError("it draws random numbers")
         is_look_up = name == "getitem" and _holds_range(args[1])
         if not is_look_up and not any(isinstance(arg, _Range) for arg in args):
             return func(*args, **(kwargs or {}))
