@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,6 +148,20 @@ def test_a_planted_leak_is_caught(name: str) -> None:
         report.check()
 
 
+@pytest.mark.parametrize("name", LEAKS)
+def test_the_command_catches_each_planted_leak(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(
+        sys.modules, "planted", SimpleNamespace(leak=LEAKS[name][0](DOCUMENTS), right=attention(DOCUMENTS))
+    )
+    (tmp_path / "mask.json").write_text(DOCUMENTS.to_json(), encoding="utf-8")
+    asked = ["audit", "--mask", str(tmp_path / "mask.json"), "--function"]
+    assert main([*asked, "planted:right"]) == 0
+    assert main([*asked, "planted:leak"]) == 2
+    assert "are wrong\n  leak: " in capsys.readouterr().err
+
+
 def test_a_leak_in_the_backward_alone_shows_in_gradients_alone() -> None:
     report = audit_mask(in_the_backward(DOCUMENTS), DOCUMENTS)
     assert {finding.by for finding in report.findings} == {"gradient"}
@@ -209,6 +225,72 @@ def test_a_norm_over_tokens_leaks() -> None:
     mask = DOCUMENTS
     report = audit_mask(Model(mask, 2, lambda x: x - x.mean(dim=0)), mask, num_layers=2)
     assert Finding("leak", "perturbation", ("x", 13), 0) in report.findings
+
+
+class SmallModel(torch.nn.Module):
+    """Token ids to logits, with this package's attention: positions, norms, MLPs, and what a leak may be planted in."""
+
+    def __init__(
+        self, mask: AttnMask, norm: Callable[[int], torch.nn.Module] = torch.nn.LayerNorm, look_ahead: int = 0
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.slices = [torch.as_tensor(part, dtype=torch.int32) for part in mask.to_slices()]
+        self.tokens, self.positions = torch.nn.Embedding(50, 32), torch.nn.Embedding(mask.num_q, 32)
+        self.norms = torch.nn.ModuleList(norm(32) for _ in range(2))
+        self.mix = torch.nn.Conv1d(32, 32, 1 + look_ahead)
+        self.look_ahead = look_ahead
+        self.qkv, self.out, self.head = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32), torch.nn.Linear(32, 50)
+
+    def place(self, ids: Tensor) -> Tensor:
+        return torch.arange(len(ids))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.positions(self.place(ids))
+        y = torch.nn.functional.pad(self.norms[0](x).T, (0, self.look_ahead))
+        q, k, v = self.qkv(self.mix(y).T).view(len(ids), 3, 2, 16).unbind(dim=1)
+        out, _ = flex_flash_attn_func(q, k, v, *self.slices)
+        return self.head(self.norms[1](x + self.out(out.flatten(1))))
+
+
+class PlacedByContent(SmallModel):
+    """A token's position is how many tokens like the first of all came before it."""
+
+    def place(self, ids: Tensor) -> Tensor:
+        return (ids == ids[0]).cumsum(0) % len(ids)
+
+
+WITHOUT_DOCUMENTS = AttnMask.causal(14)
+OFF_BY_ONE = AttnMask(np.array([[0, 14, 0, 14, -13, 1]]), 14, 14).intersection(AttnMask.varlen([0, 5, 6, 14]))
+LEAKING_MODELS = {
+    "batch norm": lambda: SmallModel(DOCUMENTS, torch.nn.BatchNorm1d),
+    "across documents": lambda: SmallModel(WITHOUT_DOCUMENTS),
+    "off by one": lambda: SmallModel(OFF_BY_ONE),
+    "convolution that looks ahead": lambda: SmallModel(DOCUMENTS, look_ahead=1),
+    "positions by content": lambda: PlacedByContent(DOCUMENTS),
+}
+
+
+@pytest.mark.parametrize("name", ["right", *LEAKING_MODELS])
+def test_models_with_our_attention(name: str) -> None:
+    model = SmallModel(DOCUMENTS) if name == "right" else LEAKING_MODELS[name]()
+    ids = torch.randint(0, 50, (14,), generator=torch.Generator().manual_seed(0))
+    report = audit_mask(model.double(), DOCUMENTS, ids, num_layers=1)
+    assert report.ok == (name == "right"), str(report)
+    assert {finding.kind for finding in report.findings} <= {"leak"}
+
+
+def test_rows_that_follow_each_other_are_told_together() -> None:
+    report = audit_mask(attention(DOCUMENTS, AttnMask.causal(14).to_dense()), DOCUMENTS)
+    assert "\n  leak: v[0] changes out[5:14]\n" in str(report)
+    assert "are wrong" in str(report)
+    printed = str(report).splitlines()
+    assert len(printed) == 14
+    assert int(printed[-1].split()[1]) < len(report.findings)
+    gradients = AuditReport(DOCUMENTS, 1, 1, tuple(Finding("leak", "gradient", ("k", at), 9) for at in (1, 2, 4)))
+    assert str(gradients).endswith(
+        "3 are wrong\n  leak: k[1:3] gets a gradient from out[9]\n  leak: k[4] gets a gradient from out[9]"
+    )
 
 
 def test_a_model_of_token_ids() -> None:

@@ -275,7 +275,7 @@ def test_batches_and_heads() -> None:
     ],
 )
 def test_a_function_that_reads_b_or_h_is_never_taken_for_one_that_does_not(mod: MaskMod) -> None:
-    with pytest.raises(ValueError, match="give num_batches and num_heads|without a branch on their values"):
+    with pytest.raises(ValueError, match=r"give num_batches and num_heads|without a branch on their values"):
         AttnMask.from_mask_mod(mod, 12)
 
 

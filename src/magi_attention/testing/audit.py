@@ -30,7 +30,7 @@ from magi_attention.mask.bands import expand
 
 Flags = NDArray[np.bool_]
 
-_MOST_FINDINGS_PRINTED = 12
+_MOST_LINES_PRINTED = 12
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,7 @@ class Finding:
     output: int
 
     def __str__(self) -> str:
-        name, at = self.source
-        if self.kind == "not finite":
-            return f"out[{self.output}] is not finite"
-        verb = {
-            ("leak", "perturbation"): "changes",
-            ("leak", "gradient"): "gets a gradient from",
-            ("missing", "perturbation"): "does not change",
-            ("missing", "gradient"): "gets no gradient from",
-        }[self.kind, self.by]
-        return f"{self.kind}: {name}[{at}] {verb} out[{self.output}]"
+        return _in_words([self])
 
 
 @dataclass(frozen=True)
@@ -85,11 +76,45 @@ class AuditReport:
         )
         if self.ok:
             return f"{head}: exactly the permitted ones are there"
-        shown = [f"  {finding}" for finding in self.findings[:_MOST_FINDINGS_PRINTED]]
-        more = len(self.findings) - len(shown)
+        groups = _neighbours(self.findings)
+        shown = [f"  {_in_words(group)}" for group in groups[:_MOST_LINES_PRINTED]]
+        more = sum(len(group) for group in groups[_MOST_LINES_PRINTED:])
         return "\n".join(
             [f"{head}: {len(self.findings):,} are wrong", *shown, *([f"  and {more:,} more"] if more else [])]
         )
+
+
+def _neighbours(findings: Sequence[Finding]) -> list[list[Finding]]:
+    """Findings that differ only in the row that was compared, and follow each other, together."""
+    groups: list[list[Finding]] = []
+    for one in findings:
+        last = groups[-1][-1] if groups else None
+        further = 0 if last is None else one.output - last.output, 0 if last is None else one.source[1] - last.source[1]
+        alike = last is not None and (one.kind, one.by, one.source[0]) == (last.kind, last.by, last.source[0])
+        if alike and further == ((1, 0) if one.by == "perturbation" else (0, 1)):
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    return groups
+
+
+def _in_words(group: Sequence[Finding]) -> str:
+    """Such findings in one sentence, rows as slices: ``leak: v[3] changes out[7:9]``."""
+    first, last = group[0], group[-1]
+    output = _rows("out", first.output, last.output)
+    if first.kind == "not finite":
+        return f"{output} is not finite"
+    verb = {
+        ("leak", "perturbation"): "changes",
+        ("leak", "gradient"): "gets a gradient from",
+        ("missing", "perturbation"): "does not change",
+        ("missing", "gradient"): "gets no gradient from",
+    }[first.kind, first.by]
+    return f"{first.kind}: {_rows(first.source[0], first.source[1], last.source[1])} {verb} {output}"
+
+
+def _rows(name: str, first: int, last: int) -> str:
+    return f"{name}[{first}]" if first == last else f"{name}[{first}:{last + 1}]"
 
 
 def audit_mask(
@@ -113,7 +138,8 @@ def audit_mask(
         seed: of the inputs, the perturbations and the choice of tokens.
 
     Outputs that must not change are compared bit for bit. Random inputs in float64 leave no doubt about those that must; in low
-    precision a small probability may round away and be reported as missing.
+    precision a small probability may round away and be reported as missing. What is no dependence is not seen: positions that count on
+    from one document to the next, say.
 
     Raises:
         ValueError: inputs or outputs whose first axis is not the mask's lengths, or a mask with ``num_q != num_k`` for a model.
