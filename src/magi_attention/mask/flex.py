@@ -182,9 +182,9 @@ class _Question:
             ValueError: the function fails, or returns something else than booleans.
         """
         ask = self._at_once if self.is_elementwise else self._as_flex_attention_does
-        starts = (torch.as_tensor(start, device=self.device) for start in (q_start, k_start))
+        q, k = (torch.as_tensor(start, device=self.device) for start in (q_start, k_start))
         try:
-            said: Flags = ask(*starts, size).cpu().numpy()
+            said: Flags = ask(q, k, size).cpu().numpy()
         except Exception as error:  # whatever a user's function raises
             raise ValueError(
                 f"the mask_mod must take tensors (b, h, q, k) of indices below {self.lengths[0]} queries and {self.lengths[1]} keys, and "
@@ -308,7 +308,7 @@ class _Unread:
         raise TypeError("b or h is read")
 
     # What every object has, and would answer: that it is unlike an index.
-    __eq__ = __ne__ = __hash__ = __bool__ = __str__ = __repr__ = _fail  # type: ignore[assignment]
+    __eq__ = __ne__ = __hash__ = __bool__ = __str__ = __repr__ = _fail
 
 
 def _reads_batch_or_head(mask_mod: MaskMod, device: str | torch.device) -> bool:
