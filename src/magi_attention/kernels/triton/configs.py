@@ -5,7 +5,7 @@ What each entry costs in registers and shared memory is printed by ``python benc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -39,24 +39,35 @@ def padded(head_dim: int) -> int:
 
 def pick_tiles(head_dim: int, head_dim_v: int, itemsize: int, arch: str) -> KernelTiles:
     """The tiles for heads of this size. ``arch``: ``sm_90``, ``gfx942``, ... or ``interpreter``."""
-    columns = max(padded(head_dim), padded(head_dim_v))
+    columns = _columns(head_dim, head_dim_v)
     if arch == "interpreter":
         return KernelTiles(Tiles(64, 64, 4, 1), Tiles(32, 64, 4, 1), Tiles(64, 32, 4, 1))
     if itemsize == 4:
-        rows = 64 if columns <= 64 else 32 if columns <= 128 else 16
-        return KernelTiles(Tiles(64, rows, 4, 1), Tiles(rows, rows, 4, 1), Tiles(rows, rows, 4, 1))
-    return _TABLE.get(_family(arch), _SMALL_MEMORY)[min(columns, 256) if columns > 64 else 64]
+        return _FLOAT32[columns]
+    return _TABLE.get(_family(arch), _SMALL_MEMORY)[columns]
+
+
+def most_spilled(arch: str, kernel: str, head_dim: int, head_dim_v: int, itemsize: int) -> int:
+    """Bytes a thread that the compiler may keep in memory for want of registers, for ``kernel`` forward, dkdv or dq."""
+    return _SPILLS.get((arch, kernel, _columns(head_dim, head_dim_v), itemsize), 0)
+
+
+def _columns(head_dim: int, head_dim_v: int) -> int:
+    """The row of the table for these heads: the wider block of columns, at least 64."""
+    return max(64, padded(head_dim), padded(head_dim_v))
 
 
 def _family(arch: str) -> str:
-    return {"sm_90": "hopper", "sm_100": "hopper", "sm_80": "ampere"}.get(arch, "small")
+    return {"sm_90": "hopper", "sm_100": "blackwell", "sm_103": "blackwell", "sm_80": "ampere"}.get(arch, "small")
 
 
 _HOPPER = {
     64: KernelTiles(Tiles(128, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2)),
     128: KernelTiles(Tiles(128, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 32, 4, 3)),
-    256: KernelTiles(Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 8, 1)),
+    256: KernelTiles(Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 1), Tiles(128, 32, 8, 1)),
 }
+# As Hopper's, but for the forward's third stage, which does not fit.
+_BLACKWELL = {**_HOPPER, 128: replace(_HOPPER[128], forward=Tiles(128, 128, 8, 2))}
 _AMPERE = {
     64: KernelTiles(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
     128: KernelTiles(Tiles(128, 64, 8, 2), Tiles(32, 64, 4, 2), Tiles(64, 32, 4, 2)),
@@ -68,7 +79,34 @@ _SMALL_MEMORY = {
     128: KernelTiles(Tiles(64, 64, 4, 1), Tiles(32, 64, 4, 1), Tiles(64, 32, 4, 1)),
     256: KernelTiles(Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1)),
 }
-_TABLE = {"hopper": _HOPPER, "ampere": _AMPERE, "small": _SMALL_MEMORY}
+# Entries whose code does not fit the registers, and the bytes a thread it keeps in memory at most; all others keep none there.
+# (architecture, kernel, row of the table, bytes of an element)
+_SPILLS: dict[tuple[str, str, int, int], int] = {
+    ("sm_80", "dkdv", 128, 2): 16,
+    ("sm_86", "forward", 128, 2): 8,
+    ("sm_86", "dkdv", 128, 2): 32,
+    ("sm_86", "dq", 128, 2): 8,
+    ("sm_89", "forward", 128, 2): 8,
+    ("sm_89", "dkdv", 128, 2): 32,
+    ("sm_89", "dq", 128, 2): 8,
+    ("sm_90", "forward", 128, 2): 24,
+    ("sm_90", "dkdv", 128, 2): 192,
+    ("sm_90", "dq", 128, 2): 168,
+    ("sm_90", "forward", 256, 2): 8,
+    ("sm_90", "dkdv", 256, 2): 496,
+    ("sm_90", "dq", 256, 2): 104,
+    ("sm_100", "forward", 128, 2): 24,
+    ("sm_100", "dkdv", 128, 2): 120,
+    ("sm_120", "dkdv", 128, 2): 48,
+}
+# Products of float32 numbers, being IEEE, are made by the ordinary units, whose operands all lie in registers: tiles are small, for any
+# architecture.
+_FLOAT32 = {
+    64: KernelTiles(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    128: KernelTiles(Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+    256: KernelTiles(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+}
+_TABLE = {"hopper": _HOPPER, "blackwell": _BLACKWELL, "ampere": _AMPERE, "small": _SMALL_MEMORY}
 
 
 @lru_cache(maxsize=16)
