@@ -25,13 +25,6 @@ NUM_TOKENS = 131
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def as_tensors(slices: Slices) -> tuple[Tensor, Tensor, Tensor]:
-    """``q_ranges``, ``k_ranges``, ``attn_type_map`` of a family."""
-    q_ranges = torch.tensor(slices.q_ranges, dtype=torch.int32).reshape(-1, 2)
-    k_ranges = torch.tensor(slices.k_ranges, dtype=torch.int32).reshape(-1, 2)
-    return q_ranges, k_ranges, torch.tensor(slices.types, dtype=torch.int32)
-
-
 def differentiate(
     inputs: KernelInputs, slices: Slices, sink: Tensor | None = None, **options: Any
 ) -> tuple[AttnResult, AttnForwardMeta]:
@@ -40,7 +33,7 @@ def differentiate(
         leaves.append(sink.clone().requires_grad_())
         options["sink"] = leaves[-1]
     with poisoned_memory():
-        out, meta = flex_flash_attn_func(*leaves[:3], *as_tensors(slices), **options)
+        out, meta = flex_flash_attn_func(*leaves[:3], *slices.tables(), **options)
         out.backward(inputs.dout)
     assert out.dtype == inputs.q.dtype
     grads = [leaf.grad for leaf in leaves]
@@ -148,7 +141,7 @@ def test_scale_and_softcap(softcap: float) -> None:
 def test_no_type_map_is_full() -> None:
     case = KernelCase("varlen_full", torch.float32, NUM_TOKENS, head_dim=32)
     inputs = make_inputs(case)
-    q_ranges, k_ranges, types = as_tensors(case.slices)
+    q_ranges, k_ranges, types = case.slices.tables()
     tensors = (inputs.q, inputs.k, inputs.v, q_ranges, k_ranges)
     assert torch.equal(flex_flash_attn_func(*tensors)[0], flex_flash_attn_func(*tensors, types)[0])
     find_truth(inputs, case.slices).check(AttnResult(out=flex_flash_attn_func(*tensors)[0]))
@@ -217,7 +210,7 @@ def test_strided_inputs_and_gradients() -> None:
     q, k, v = (x.unflatten(1, (2, 16)) for x in projected.split(32, dim=1))
     turned = torch.randn(2, 16, NUM_TOKENS, generator=generator, requires_grad=True)
     for keys in (k, turned.permute(2, 0, 1)):
-        out, _ = flex_flash_attn_func(q, keys, v, *as_tensors(slices))
+        out, _ = flex_flash_attn_func(q, keys, v, *slices.tables())
         dout = torch.ones(()).expand_as(out)
         actual = torch.autograd.grad(out.sum(), (q, keys, v))
         truth = find_truth(KernelInputs(q, keys, v, dout), slices)
@@ -254,7 +247,7 @@ def test_empty_ranges_are_slices_without_cells() -> None:
 
 def test_only_what_requires_grad_gets_one() -> None:
     case = KernelCase("causal", torch.float32, NUM_TOKENS, head_dim=16)
-    inputs, tables = make_inputs(case), as_tensors(case.slices)
+    inputs, tables = make_inputs(case), case.slices.tables()
     assert not flex_flash_attn_func(inputs.q, inputs.k, inputs.v, *tables)[0].requires_grad
     v = inputs.v.clone().requires_grad_()
     out, meta = flex_flash_attn_func(inputs.q, inputs.k, v, *tables)
@@ -267,7 +260,7 @@ def test_a_second_derivative_is_refused() -> None:
     case = KernelCase("causal", torch.float64, 16, head_dim=8)
     inputs = make_inputs(case)
     q = inputs.q.requires_grad_()
-    out, _ = flex_flash_attn_func(q, inputs.k, inputs.v, *as_tensors(case.slices))
+    out, _ = flex_flash_attn_func(q, inputs.k, inputs.v, *case.slices.tables())
     (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()
@@ -280,7 +273,7 @@ def test_the_mask_of_a_call_is_its_own() -> None:
         MASK_FAMILIES[name](NUM_TOKENS) for name in ("full", "causal", "inv_causal", "varlen_full", "varlen_causal")
     ]
     for slices in families + families[::-1]:
-        out, _ = flex_flash_attn_func(inputs.q, inputs.k, inputs.v, *as_tensors(slices))
+        out, _ = flex_flash_attn_func(inputs.q, inputs.k, inputs.v, *slices.tables())
         find_truth(inputs, slices).check(AttnResult(out=out))
     short = torch.tensor([[0, 7]], dtype=torch.int32)
     for num_tokens in (7, 9, 30):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask, Partial
+from magi_attention.kernels.interface import AttnSettings, Backend, DeviceMask, KernelMask, Partial
 from magi_attention.kernels.precision import accumulation_dtype
 from magi_attention.kernels.registry import BACKENDS
 from magi_attention.mask.bands import shift, split_k
@@ -70,6 +70,17 @@ def test_lengths(backend: Backend, device: str, num_tokens: int) -> None:
 @pytest.mark.parametrize("softcap", [0.7, 30.0])
 def test_softcap(backend: Backend, dtype: torch.dtype, device: str, family: str, softcap: float) -> None:
     check_kernel(backend, KernelCase(family, dtype, head_dim=40, softcap=softcap), device)
+
+
+@pytest.mark.parametrize("family", ["shared_prefix", "random_b", "empty_rows"])
+def test_slices_that_lie_on_the_device(backend: Backend, device: str, family: str) -> None:
+    """The same bits as of a mask that is known to the host."""
+    case = KernelCase(family, head_dim=16)
+    inputs, slices = make_inputs(case, device), case.slices
+    mask = DeviceMask(*slices.tables(device), slices.num_q, slices.num_k)
+    actual, expected = (run_kernel(backend, inputs, one, case.settings) for one in (mask, slices.kernel_mask()))
+    for name, x in vars(expected).items():
+        assert x is None or torch.equal(x, getattr(actual, name)), f"{name} differs"
 
 
 def test_softmax_scale(backend: Backend, device: str) -> None:

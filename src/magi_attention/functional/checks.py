@@ -60,29 +60,33 @@ def check_sink(sink: Tensor | None, layout: str, q: Tensor) -> None:
         raise ValueError(f"sink must be on q's device {q.device}, got {sink.device}")
 
 
-def check_slices(
-    q_ranges: Tensor, k_ranges: Tensor, attn_type_map: Tensor | None, q: Tensor, k: Tensor
-) -> tuple[Ints, Ints, Ints]:
-    """``(q_ranges [n, 2], k_ranges [n, 2], types [n])`` int64 on the host; ValueError where they are no mask of q and k.
-
-    On a device that is not the host, waits for it.
-    """
+def check_tables(q_ranges: Tensor, k_ranges: Tensor, attn_type_map: Tensor | None, device: torch.device) -> None:
+    """ValueError where the tables of slices are none, whatever they say; they are not read."""
     for name, ranges in (("q_ranges", q_ranges), ("k_ranges", k_ranges)):
-        _check_table(name, ranges, "[n, 2]", q.device)
+        _check_table(name, ranges, "[n, 2]", device)
         if ranges.dim() != 2 or ranges.shape[1] != 2:
             raise ValueError(f"{name} must be [n, 2], a (start, end) for each slice, got {_describe(ranges)}")
     if attn_type_map is not None:
-        _check_table("attn_type_map", attn_type_map, "[n]", q.device)
+        _check_table("attn_type_map", attn_type_map, "[n]", device)
     if len(q_ranges) != len(k_ranges) or (attn_type_map is not None and attn_type_map.shape != (len(q_ranges),)):
         types = "" if attn_type_map is None else f" and attn_type_map {list(attn_type_map.shape)}"
         raise ValueError(
             "a slice is one q range, one k range and one type, so their lists must be of one length; got "
             f"q_ranges {list(q_ranges.shape)}, k_ranges {list(k_ranges.shape)}{types}"
         )
+
+
+def read_slices(
+    q_ranges: Tensor, k_ranges: Tensor, attn_type_map: Tensor | None, num_q: int, num_k: int
+) -> tuple[Ints, Ints, Ints]:
+    """``(q_ranges [n, 2], k_ranges [n, 2], types [n])`` int64 on the host; ValueError where they are no mask of these lengths.
+
+    On a device that is not the host, waits for it.
+    """
     q_table, k_table = _to_host(q_ranges), _to_host(k_ranges)
     types_table = np.zeros(len(q_table), np.int64) if attn_type_map is None else _to_host(attn_type_map)
-    _check_bounds("q_ranges", q_table, q.shape[0], "num_tokens_q")
-    _check_bounds("k_ranges", k_table, k.shape[0], "num_tokens_k")
+    _check_bounds("q_ranges", q_table, num_q, "num_tokens_q")
+    _check_bounds("k_ranges", k_table, num_k, "num_tokens_k")
     unknown = np.flatnonzero((types_table < 0) | (types_table > 3))
     if len(unknown):
         raise ValueError(

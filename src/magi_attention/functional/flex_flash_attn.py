@@ -5,21 +5,11 @@ Shapes: num_q, num_k tokens; hq, hk heads (hq % hk == 0); d, dv head dims of q/k
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
-
-import numpy as np
-import torch
 from torch import Tensor
 
-from magi_attention import env
 from magi_attention.common.forward_meta import AttnForwardMeta
-from magi_attention.functional.checks import check_sink, check_slices, check_tensors
-from magi_attention.functional.sink import apply_sink, sink_gradient
-from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask
-from magi_attention.kernels.precision import accumulation_dtype
-from magi_attention.kernels.registry import pick
-from magi_attention.mask.bands import Ints, bands_from_slices, check_disjoint
+from magi_attention.functional.checks import check_sink, check_tables, check_tensors
+from magi_attention.functional.ops import flex_flash_attn
 
 
 def flex_flash_attn_func(
@@ -65,6 +55,12 @@ def flex_flash_attn_func(
     Slices may overlap in queries and in keys, but must not list a cell twice: with ``MAGI_ATTENTION_SANITY_CHECK`` that is a
     ValueError, without it the result is undefined. A query that attends nothing has output 0, lse ``-inf`` and zero gradients.
 
+    Tables on the CPU are read and checked in every call. Those on a GPU are left there, so that the host never waits for them: ranges
+    beyond the tensors are cut to them, unless ``MAGI_ATTENTION_SANITY_CHECK`` asks for the same checks as on the CPU. What is made
+    of tables is kept for as long as they are, and made anew after a write to them: give the layers of a model the same tensors.
+
+    Under ``torch.compile`` a call is one node of the graph, ``magi_attention::flex_flash_attn``, and its backward another.
+
     Args:
         q: ``[num_q, hq, d]``, float16, bfloat16, float32 or float64, any strides.
         k: ``[num_k, hk, d]``, of q's dtype and device; ``hq`` is a multiple of ``hk``, and query head ``h`` attends head
@@ -100,76 +96,18 @@ def flex_flash_attn_func(
         attends nothing), or None where not asked for.
 
     Raises:
-        ValueError: tensors whose shapes, dtypes or devices do not fit each other; ranges that are reversed or out of bounds; an
-            unknown mask type; a kernel named by ``MAGI_ATTENTION_BACKEND`` that cannot serve these tensors.
+        ValueError: tensors whose shapes, dtypes or devices do not fit each other; ranges that are reversed or out of bounds and
+            unknown mask types, where tables are checked; a kernel named by ``MAGI_ATTENTION_BACKEND`` that cannot serve these tensors.
         RuntimeError: differentiating its gradients again.
     """
     check_tensors(q, k, v)
     check_sink(sink, sink_layout, q)
     if softcap < 0:
         raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
-    slices = check_slices(q_ranges, k_ranges, attn_type_map, q, k)
-    mask = _kernel_mask(*(table.tobytes() for table in slices), q.shape[0], k.shape[0])
-    if env.sanity_check():
-        check_disjoint(mask.bands)
-    settings = AttnSettings(
-        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale),
-        softcap=float(softcap),
-        deterministic=deterministic or env.deterministic_mode(),
-        return_max_logits=return_max_logits,
+    check_tables(q_ranges, k_ranges, attn_type_map, q.device)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    tables = (q_ranges, k_ranges, attn_type_map)
+    out, lse, max_logits = flex_flash_attn(
+        q, k, v, *tables, sink, sink_layout, scale, float(softcap), deterministic, return_max_logits
     )
-    backend = pick(q, k, v, settings, name="reference" if env.sdpa_backend() else env.backend())
-    out, lse, max_logits = _FlexFlashAttention.apply(q, k, v, sink, sink_layout, mask, settings, backend)
-    return out, AttnForwardMeta(lse=lse, max_logits=max_logits)
-
-
-@lru_cache(maxsize=16)
-def _kernel_mask(q_ranges: bytes, k_ranges: bytes, types: bytes, num_q: int, num_k: int) -> KernelMask:
-    """The mask of int64 tables given as bytes. The layers of a model ask for the same few masks over and over."""
-    q_table, k_table, type_table = (np.frombuffer(table, np.int64) for table in (q_ranges, k_ranges, types))
-    bands: Ints = bands_from_slices(q_table.reshape(-1, 2), k_table.reshape(-1, 2), type_table)
-    return KernelMask(bands, num_q, num_k)
-
-
-class _FlexFlashAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink: Tensor | None,
-        sink_layout: str,
-        mask: KernelMask,
-        settings: AttnSettings,
-        backend: Backend,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        q, k, v = _as_last_contiguous(q), _as_last_contiguous(k), _as_last_contiguous(v)
-        # Sinks rescale the output: it is rounded to q's dtype only after that.
-        out_dtype = q.dtype if sink is None else accumulation_dtype(q.dtype)
-        out, lse, max_logits = backend.forward(q, k, v, mask, settings, out_dtype=out_dtype)
-        if sink is not None:
-            out, lse = apply_sink(out, lse, sink, sink_layout)
-            out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, sink, out, lse)
-        ctx.call = sink_layout, mask, settings, backend
-        ctx.mark_non_differentiable(*(x for x in (lse, max_logits) if x is not None))
-        ctx.set_materialize_grads(False)
-        return out, lse, max_logits
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if dout is None:
-            return (None,) * 8
-        q, k, v, sink, out, lse = ctx.saved_tensors
-        sink_layout, mask, settings, backend = ctx.call
-        dout = _as_last_contiguous(dout)
-        delta = (out.to(lse.dtype) * dout.to(lse.dtype)).sum(dim=-1)
-        dq, dk, dv = backend.backward(dout, q, k, v, lse, delta, mask, settings, grad_dtype=q.dtype)
-        dsink = None if sink is None else sink_gradient(lse, sink, delta, sink_layout).to(sink.dtype)
-        return dq, dk, dv, dsink, None, None, None, None
-
-
-def _as_last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return out, AttnForwardMeta(lse=lse, max_logits=max_logits if return_max_logits else None)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from magi_attention.mask.bands import bands_from_slices
+
 
 @dataclass(frozen=True)
 class AttnSettings:
@@ -38,6 +40,44 @@ class KernelMask:
     num_q: int
     num_k: int
     derived: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+
+class DeviceMask(KernelMask):
+    """A mask whose slices lie on a device and change from call to call.
+
+    ``q_ranges``, ``k_ranges``: ``[n, 2]`` int32, half-open; ``types``: ``[n]`` int32 (0 full, 1 causal, 2 inv_causal, 3 bi_causal), or
+    None: all full. Their numbers have not been looked at: a backend that reads them there must stay within the tensors whatever they
+    say. For all others ``bands`` is the table on the host, which waits for the device, once.
+    """
+
+    q_ranges: Tensor
+    k_ranges: Tensor
+    types: Tensor | None
+
+    def __init__(self, q_ranges: Tensor, k_ranges: Tensor, types: Tensor | None, num_q: int, num_k: int) -> None:
+        assert len(q_ranges), "without slices there is nothing to read on the device"
+        values = {
+            "q_ranges": q_ranges,
+            "k_ranges": k_ranges,
+            "types": types,
+            "num_q": num_q,
+            "num_k": num_k,
+            "derived": {},
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def bands(self) -> np.ndarray:  # type: ignore[override]
+        if "bands" not in self.derived:
+            q_ranges, k_ranges = (
+                np.clip(table.cpu().numpy().astype(np.int64), 0, length)
+                for table, length in ((self.q_ranges, self.num_q), (self.k_ranges, self.num_k))
+            )
+            types = np.zeros(len(q_ranges), np.int64) if self.types is None else self.types.cpu().numpy() & 3
+            self.derived["bands"] = bands_from_slices(q_ranges, k_ranges, types)
+        bands: np.ndarray = self.derived["bands"]
+        return bands
 
 
 class Partial(NamedTuple):

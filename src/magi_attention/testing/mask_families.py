@@ -45,6 +45,11 @@ class Slices:
         table = np.asarray(self.rows, np.int64).reshape(-1, 5)
         return KernelMask(bands_from_slices(table[:, :2], table[:, 2:4], table[:, 4]), self.num_q, self.num_k)
 
+    def tables(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """``q_ranges [n, 2], k_ranges [n, 2], types [n]``, int32, as the public functions take them."""
+        table = torch.tensor(self.rows, dtype=torch.int32, device=device).reshape(-1, 5)
+        return table[:, :2], table[:, 2:4], table[:, 4]
+
     def dense(self) -> Tensor:
         """``[num_q, num_k]`` bool, cell by cell as the public table of mask types says, not by way of bands."""
         count = torch.zeros(self.num_q, self.num_k, dtype=torch.int64)

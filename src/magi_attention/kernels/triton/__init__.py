@@ -1,6 +1,7 @@
 """The backend for GPUs, in Triton: any that Triton supports; in its interpreter, CPU tensors too.
 
-Forward and backward walk per-tile work lists of the band table, built once a mask and cached in it. Every output row has one owner: no
+Forward and backward walk per-tile work lists of the band table, built once a mask and cached in it; of a `DeviceMask` they are built on
+the device, and the host does not wait for it. Every output row has one owner: no
 atomics, the same bits for the same inputs. Products of float32 inputs are IEEE unless
 ``torch.backends.cuda.matmul.allow_tf32`` asks for TF32.
 """
@@ -10,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from magi_attention.kernels.interface import AttnSettings, KernelMask, Partial
+from magi_attention.kernels.interface import AttnSettings, DeviceMask, KernelMask, Partial
 from magi_attention.kernels.partials import empty_partial
 from magi_attention.kernels.triton.backward import dkdv_kernel, dq_kernel
 from magi_attention.kernels.triton.configs import KernelTiles, Tiles, arch_of, padded, pick_tiles
+from magi_attention.kernels.triton.device_lists import build_device_bands, build_device_list
 from magi_attention.kernels.triton.forward import forward_kernel
 from magi_attention.kernels.triton.interpreter import is_interpreted
 from magi_attention.kernels.triton.work_lists import WorkList, build_work_list, transpose
@@ -42,10 +44,28 @@ def _tiles(q: Tensor, v: Tensor) -> KernelTiles:
 def _work_list(mask: KernelMask, tile: int, block: int, device: torch.device, *, by_key: bool) -> WorkList:
     at = ("triton", tile, block, device, by_key)
     if at not in mask.derived:
-        bands, length = (transpose(mask.bands), mask.num_k) if by_key else (mask.bands, mask.num_q)
-        mask.derived[at] = build_work_list(bands, length, tile, block).to(device)
+        length = mask.num_k if by_key else mask.num_q
+        if isinstance(mask, DeviceMask):
+            mask.derived[at] = build_device_list(_device_bands(mask), length, tile, block, by_key=by_key)
+        else:
+            bands = transpose(mask.bands) if by_key else mask.bands
+            mask.derived[at] = build_work_list(bands, length, tile, block).to(device)
     work: WorkList = mask.derived[at]
     return work
+
+
+def _device_bands(mask: DeviceMask) -> Tensor:
+    if "triton bands" not in mask.derived:
+        mask.derived["triton bands"] = build_device_bands(
+            mask.q_ranges, mask.k_ranges, mask.types, mask.num_q, mask.num_k
+        )
+    bands: Tensor = mask.derived["triton bands"]
+    return bands
+
+
+def _attends_nothing(mask: KernelMask) -> bool:
+    """Whether that is known without asking the device."""
+    return not isinstance(mask, DeviceMask) and not len(mask.bands)
 
 
 def _lists(work: WorkList) -> tuple[Tensor, ...]:
@@ -93,7 +113,7 @@ def forward(
     """See `Backend.forward`."""
     (num_q, hq, _), (num_k, hk, dv) = q.shape, v.shape
     raw = settings.return_max_logits
-    if not len(mask.bands) or not q.numel():
+    if _attends_nothing(mask) or not q.numel():
         return into or empty_partial(q, dv, out_dtype, with_max_logits=raw)
     tiles = _tiles(q, v).forward
     work = _work_list(mask, tiles.q, tiles.k, q.device, by_key=False)
@@ -136,7 +156,7 @@ def backward(
     """See `Backend.backward`."""
     grad_dtype = grad_dtype or torch.float32
     (num_q, hq, _), (num_k, hk, dv_columns) = q.shape, v.shape
-    if not len(mask.bands) or not q.numel() or not k.numel():
+    if _attends_nothing(mask) or not q.numel() or not k.numel():
         dq = torch.zeros(q.shape, dtype=grad_dtype, device=q.device) if dq is None else dq
         dk, dv = (torch.zeros(x.shape, dtype=grad_dtype, device=x.device) for x in (k, v))
         return dq, dk, dv

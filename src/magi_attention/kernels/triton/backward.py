@@ -81,13 +81,13 @@ def dkdv_kernel(
         head = kv_head * GROUP + member
         p_qh = p_q + head.to(tl.int64) * s_qh
         p_doh = p_do + head.to(tl.int64) * s_doh
-        for at in range(tl.load(p_inner_rows + tile), tl.load(p_inner_rows + tile + 1)):
+        for at in range(tl.load(p_inner_rows + tile * 2), tl.load(p_inner_rows + tile * 2 + 1)):
             for start in tl.range(tl.load(p_inner + at * 2), tl.load(p_inner + at * 2 + 1), TILE_Q):
                 b_dk, b_dv = _keys_block(
                     b_k, b_v, b_dk, b_dv, p_qh, p_doh, p_lse, p_delta, s_qt, s_dot, start + tl.arange(0, TILE_Q), num_q,
                     num_heads, head, m_all, scale_log2, cap_log2, D, DV, BLOCK_D, BLOCK_DV, CAPPED, False, PRECISION,
                 )  # fmt: skip
-        for at in range(tl.load(p_edge_rows + tile), tl.load(p_edge_rows + tile + 1)):
+        for at in range(tl.load(p_edge_rows + tile * 2), tl.load(p_edge_rows + tile * 2 + 1)):
             p_edge = p_edges + at * 6
             for start in tl.range(tl.load(p_edge), tl.load(p_edge + 1), TILE_Q, num_stages=1):
                 o_q = start + tl.arange(0, TILE_Q)
@@ -142,13 +142,13 @@ def dq_kernel(
     p_v += (head // GROUP).to(tl.int64) * s_vh
     b_dq = tl.zeros([TILE_Q, BLOCK_D], tl.float32)
     m_all = tl.full([1, 1], True, tl.int1)
-    for at in range(tl.load(p_inner_rows + tile), tl.load(p_inner_rows + tile + 1)):
+    for at in range(tl.load(p_inner_rows + tile * 2), tl.load(p_inner_rows + tile * 2 + 1)):
         for start in tl.range(tl.load(p_inner + at * 2), tl.load(p_inner + at * 2 + 1), TILE_K):
             b_dq = _queries_block(
                 b_q, b_do, b_lse_log2, b_delta, b_dq, p_k, p_v, s_kt, s_vt, start + tl.arange(0, TILE_K), num_k, m_all,
                 scale_log2, cap_log2, D, DV, BLOCK_D, BLOCK_DV, CAPPED, False, PRECISION,
             )  # fmt: skip
-    for at in range(tl.load(p_edge_rows + tile), tl.load(p_edge_rows + tile + 1)):
+    for at in range(tl.load(p_edge_rows + tile * 2), tl.load(p_edge_rows + tile * 2 + 1)):
         p_edge = p_edges + at * 6
         for start in tl.range(tl.load(p_edge), tl.load(p_edge + 1), TILE_K, num_stages=1):
             o_k = start + tl.arange(0, TILE_K)

@@ -44,7 +44,7 @@ def pick_tiles(head_dim: int, head_dim_v: int, itemsize: int, arch: str) -> Kern
         return KernelTiles(Tiles(64, 64, 4, 1), Tiles(32, 64, 4, 1), Tiles(64, 32, 4, 1))
     if itemsize == 4:
         return _FLOAT32[columns]
-    return _TABLE.get(_family(arch), _SMALL_MEMORY)[columns]
+    return _TABLE[_family(arch)][columns]
 
 
 def most_spilled(arch: str, kernel: str, head_dim: int, head_dim_v: int, itemsize: int) -> int:
@@ -58,23 +58,32 @@ def _columns(head_dim: int, head_dim_v: int) -> int:
 
 
 def _family(arch: str) -> str:
-    return {"sm_90": "hopper", "sm_100": "blackwell", "sm_103": "blackwell", "sm_80": "ampere"}.get(arch, "small")
+    if arch in _FAMILIES:
+        return _FAMILIES[arch]
+    return "small" if arch.startswith("sm_") else "cdna"
 
 
+_FAMILIES = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "blackwell", "sm_103": "blackwell"}
 _HOPPER = {
     64: KernelTiles(Tiles(128, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2)),
     128: KernelTiles(Tiles(128, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 32, 4, 3)),
     256: KernelTiles(Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 1), Tiles(128, 32, 8, 1)),
 }
-# As Hopper's, but for the forward's third stage, which does not fit.
-_BLACKWELL = {**_HOPPER, 128: replace(_HOPPER[128], forward=Tiles(128, 128, 8, 2))}
+# As Hopper's, but for a forward that fits.
+_BLACKWELL = {**_HOPPER, 128: replace(_HOPPER[128], forward=Tiles(128, 64, 8, 3))}
 _AMPERE = {
     64: KernelTiles(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    128: KernelTiles(Tiles(128, 64, 8, 2), Tiles(32, 64, 4, 2), Tiles(64, 32, 4, 2)),
+    128: KernelTiles(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2)),
     256: KernelTiles(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
 }
-# 99 KiB of shared memory a block (sm_86, 89, 120), 64 KiB (gfx942).
+# 99 KiB of shared memory a block (sm_86, 89, 120).
 _SMALL_MEMORY = {
+    64: KernelTiles(Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
+    128: KernelTiles(Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 1), Tiles(128, 32, 8, 1)),
+    256: KernelTiles(Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1)),
+}
+# 64 KiB (gfx942).
+_CDNA = {
     64: KernelTiles(Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
     128: KernelTiles(Tiles(64, 64, 4, 1), Tiles(32, 64, 4, 1), Tiles(64, 32, 4, 1)),
     256: KernelTiles(Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1)),
@@ -106,7 +115,7 @@ _FLOAT32 = {
     128: KernelTiles(Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
     256: KernelTiles(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
 }
-_TABLE = {"hopper": _HOPPER, "blackwell": _BLACKWELL, "ampere": _AMPERE, "small": _SMALL_MEMORY}
+_TABLE = {"hopper": _HOPPER, "blackwell": _BLACKWELL, "ampere": _AMPERE, "small": _SMALL_MEMORY, "cdna": _CDNA}
 
 
 @lru_cache(maxsize=16)

@@ -57,7 +57,7 @@ def forward_kernel(
     b_acc = tl.zeros([TILE_Q, BLOCK_DV], tl.float32)
     m_all = tl.full([1, 1], True, tl.int1)
 
-    for at in range(tl.load(p_inner_rows + tile), tl.load(p_inner_rows + tile + 1)):
+    for at in range(tl.load(p_inner_rows + tile * 2), tl.load(p_inner_rows + tile * 2 + 1)):
         begin = tl.load(p_inner + at * 2)
         end = tl.load(p_inner + at * 2 + 1)
         for start in tl.range(begin, end, TILE_K):
@@ -65,7 +65,7 @@ def forward_kernel(
                 b_q, b_acc, b_top, b_total, b_raw, p_k, p_v, s_kt, s_vt, start + tl.arange(0, TILE_K), num_k, m_all,
                 scale_log2, cap_log2, D, DV, BLOCK_D, BLOCK_DV, CAPPED, RAW, False, PRECISION,
             )  # fmt: skip
-    for at in range(tl.load(p_edge_rows + tile), tl.load(p_edge_rows + tile + 1)):
+    for at in range(tl.load(p_edge_rows + tile * 2), tl.load(p_edge_rows + tile * 2 + 1)):
         p_edge = p_edges + at * 6
         for start in tl.range(tl.load(p_edge), tl.load(p_edge + 1), TILE_K, num_stages=1):
             o_k = start + tl.arange(0, TILE_K)

@@ -28,9 +28,9 @@ NUM_EDGE_COLUMNS = 6
 class WorkList:
     """Segments by tile.
 
-    ``order``: ``[num_tiles]`` int32 tiles, most work first. ``inner_rows``, ``edge_rows``: ``[num_tiles + 1]`` int32,
-    where each tile's segments begin. ``inner``:
-    ``[n, 2]`` int32 ``(begin, end)``, a multiple of the block long. ``edges``: ``[m, 6]`` int32 ``(begin, end, lo, hi, q_begin, q_end)``.
+    ``order``: ``[num_tiles]`` int32 tiles, most work first. ``inner_rows``, ``edge_rows``: ``[num_tiles, 2]`` int32, where each tile's
+    segments begin and end in ``inner``: ``[n, 2]`` int32 ``(begin, end)``, a multiple of the block long, and in ``edges``: ``[m, 6]``
+    int32 ``(begin, end, lo, hi, q_begin, q_end)``.
     """
 
     order: Tensor
@@ -87,4 +87,5 @@ def build_work_list(bands: Ints, num_q: int, tile: int, block: int) -> WorkList:
 
 def _by_tile(tile: Ints, rows: Ints, num_tiles: int) -> tuple[Ints, Ints]:
     order = np.argsort(tile, kind="stable")
-    return np.searchsorted(tile[order], np.arange(num_tiles + 1)), np.ascontiguousarray(rows[order])
+    begins = np.searchsorted(tile[order], np.arange(num_tiles + 1))
+    return np.stack([begins[:-1], begins[1:]], axis=1), np.ascontiguousarray(rows[order])

@@ -1,0 +1,165 @@
+"""One-device attention as operators of torch: what `torch.compile`, export and selective checkpointing see of a call.
+
+    magi_attention::flex_flash_attn             forward, with a formula for its gradient
+    magi_attention::flex_flash_attn_backward    that formula, once differentiable
+
+Which kernel computes, and what the environment asks, is decided when they run, not when a graph is made of them.
+
+Shapes: num_q, num_k tokens; hq, hk heads (hq % hk == 0); d, dv head dims of q/k and of v; n slices. An output that is not there (no sinks,
+no max logits asked for) has no elements.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magi_attention import env
+from magi_attention.functional.masks import kernel_mask
+from magi_attention.functional.sink import apply_sink, sink_gradient
+from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask
+from magi_attention.kernels.precision import accumulation_dtype
+from magi_attention.kernels.registry import pick
+
+_MASK = "Tensor q_ranges, Tensor k_ranges, Tensor? attn_type_map"
+_OPTIONS = "Tensor? sink, str sink_layout, float softmax_scale, float softcap, bool deterministic"
+_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_MASK}, {_OPTIONS}, bool return_max_logits) -> (Tensor, Tensor, Tensor)"
+_BACKWARD = (
+    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MASK}, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("magi_attention::flex_flash_attn", mutates_args=(), schema=_FORWARD)
+def flex_flash_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_ranges: Tensor,
+    k_ranges: Tensor,
+    attn_type_map: Tensor | None,
+    sink: Tensor | None,
+    sink_layout: str,
+    softmax_scale: float,
+    softcap: float,
+    deterministic: bool,
+    return_max_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out [num_q, hq, dv], lse [num_q, hq], max_logits [hq] or [0])``; see `flex_flash_attn_func`."""
+    mask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
+    settings = _settings(softmax_scale, softcap, deterministic, return_max_logits)
+    q, k, v = (as_last_contiguous(x) for x in (q, k, v))
+    # Sinks rescale the output: it is rounded to q's dtype only after that.
+    out_dtype = q.dtype if sink is None else accumulation_dtype(q.dtype)
+    out, lse, max_logits = _backend(q, k, v, settings).forward(q, k, v, mask, settings, out_dtype=out_dtype)
+    if sink is not None:
+        out, lse = apply_sink(out, lse, sink, sink_layout)
+        out = out.to(q.dtype)
+    return out.contiguous(), lse.contiguous(), lse.new_empty(0) if max_logits is None else max_logits
+
+
+@flex_flash_attn.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_ranges: Tensor,
+    k_ranges: Tensor,
+    attn_type_map: Tensor | None,
+    sink: Tensor | None,
+    sink_layout: str,
+    softmax_scale: float,
+    softcap: float,
+    deterministic: bool,
+    return_max_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (num_q, hq, _), wide = q.shape, accumulation_dtype(q.dtype)
+    return (
+        q.new_empty(num_q, hq, v.shape[2]),
+        q.new_empty(num_q, hq, dtype=wide),
+        q.new_empty(hq if return_max_logits else 0, dtype=wide),
+    )
+
+
+@torch.library.custom_op("magi_attention::flex_flash_attn_backward", mutates_args=(), schema=_BACKWARD)
+def flex_flash_attn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_ranges: Tensor,
+    k_ranges: Tensor,
+    attn_type_map: Tensor | None,
+    sink: Tensor | None,
+    sink_layout: str,
+    softmax_scale: float,
+    softcap: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv)`` of the shapes and dtypes of q, k, v, and ``dsink`` of the sink's, or ``[0]``."""
+    mask: KernelMask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
+    settings = _settings(softmax_scale, softcap, deterministic, False)
+    dout, q, k, v = (as_last_contiguous(x) for x in (dout, q, k, v))
+    delta = (out.to(lse.dtype) * dout.to(lse.dtype)).sum(dim=-1)
+    backend = _backend(q, k, v, settings)
+    dq, dk, dv = backend.backward(dout, q, k, v, lse, delta, mask, settings, grad_dtype=q.dtype)
+    dsink = lse.new_empty(0) if sink is None else sink_gradient(lse, sink, delta, sink_layout).to(sink.dtype)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous(), dsink.contiguous()
+
+
+@flex_flash_attn_backward.register_fake
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_ranges: Tensor,
+    k_ranges: Tensor,
+    attn_type_map: Tensor | None,
+    sink: Tensor | None,
+    *options: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsink = lse.new_empty(0) if sink is None else sink.new_empty(sink.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, q_ranges, k_ranges, attn_type_map, sink, *ctx.options = inputs
+    out, lse, max_logits = output
+    ctx.save_for_backward(q, k, v, out, lse, q_ranges, k_ranges, attn_type_map, sink)
+    ctx.mark_non_differentiable(lse, max_logits)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 12
+    *tensors, sink = ctx.saved_tensors
+    dq, dk, dv, dsink = flex_flash_attn_backward(dout, *tensors, sink, *ctx.options[:-1])
+    return dq, dk, dv, None, None, None, None if sink is None else dsink, *(None,) * 5
+
+
+def _refuse(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError("flex_flash_attn_func is once_differentiable: it has no gradients of gradients")
+
+
+flex_flash_attn.register_autograd(_differentiate, setup_context=_save)
+flex_flash_attn_backward.register_autograd(_refuse)
+
+
+def as_last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _settings(softmax_scale: float, softcap: float, deterministic: bool, return_max_logits: bool) -> AttnSettings:
+    return AttnSettings(softmax_scale, softcap, deterministic or env.deterministic_mode(), return_max_logits)
+
+
+def _backend(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings) -> Backend:
+    return pick(q, k, v, settings, name="reference" if env.sdpa_backend() else env.backend())

@@ -1,0 +1,135 @@
+"""flex_flash_attn_func under torch.compile: one graph without a break, and what comes of it is what eager gives."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from magi_attention.functional import flex_flash_attn_func, ops
+from magi_attention.functional.ops import flex_flash_attn, flex_flash_attn_backward
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+
+
+class Layer(nn.Module):
+    """Projections, attention with sinks, a residual."""
+
+    def __init__(self, layout: str, num_tokens: int, **options: Any) -> None:
+        super().__init__()
+        width, shape = HEADS * HEAD_DIM, (2, HEADS) if layout == "sh" else (num_tokens, 2, HEADS)
+        self.qkv = nn.Linear(width, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+        self.sink = nn.Parameter(torch.randn(shape))
+        self.options = {**options, "sink_layout": layout}
+
+    def forward(self, x: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor | None]:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, HEAD_DIM)).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+        out, meta = flex_flash_attn_func(q, k, v, *tables, sink=self.sink, **self.options)
+        return x + out.flatten(1), meta.max_logits
+
+
+def tables(num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    cut = num_tokens // 3
+    ranges = torch.tensor([[0, cut], [cut, num_tokens]], dtype=torch.int32)
+    return ranges, ranges, torch.tensor([1, 0], dtype=torch.int32)
+
+
+def differentiate(run: Any, layer: Layer, num_tokens: int) -> list[Tensor]:
+    """The output, the gradient of every parameter and of the input, and what else is returned."""
+    x = torch.randn(num_tokens, HEADS * HEAD_DIM, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    out, max_logits = run(x, *tables(num_tokens))
+    grads = torch.autograd.grad(out.square().mean(), [x, *layer.parameters()])
+    return [out.detach(), *grads, *([] if max_logits is None else [max_logits])]
+
+
+def assert_compiles(layer: Layer, lengths: tuple[int, ...], backend: str, dynamic: bool | None = None) -> None:
+    torch._dynamo.reset()
+    counter, compiled_first = CompileCounterWithBackend(backend), 0
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=counter)
+    for num_tokens in lengths:
+        expected, actual = (differentiate(run, layer, num_tokens) for run in (layer, compiled))
+        for x, y in zip(expected, actual, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+        compiled_first = compiled_first or counter.frame_count
+    assert counter.frame_count == compiled_first > 0, "compiled again for another length"
+
+
+@pytest.mark.parametrize("layout", ["sh", "ssh"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "return_max_logits": True, "softmax_scale": 0.3}])
+def test_one_graph(layout: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    assert_compiles(Layer(layout, 45, **options), (45,), "aot_eager")
+
+
+def test_one_graph_for_all_lengths() -> None:
+    torch.manual_seed(0)
+    assert_compiles(Layer("sh", 45, return_max_logits=True), (45, 70, 33), "aot_eager", dynamic=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of what inductor imports
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.long), True])
+def test_inductor(dynamic: bool) -> None:
+    torch.manual_seed(0)
+    assert_compiles(Layer("sh", 45, softcap=5.0), (45, 70) if dynamic else (45,), "inductor", dynamic)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "tiled"])
+def test_the_backend_is_picked_when_it_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setenv("MAGI_ATTENTION_BACKEND", backend)
+    assert_compiles(Layer("sh", 45), (45,), "aot_eager")
+
+
+def test_errors_under_compile() -> None:
+    layer = Layer("sh", 45)
+    compiled = torch.compile(layer, backend="aot_eager")
+    x = torch.randn(45, HEADS * HEAD_DIM)
+    q_ranges, k_ranges, types = tables(45)
+    with pytest.raises(ValueError, match=r"q_ranges\[1\] must satisfy .* got \[15, 46\)"):
+        compiled(x, q_ranges + torch.tensor([[0, 0], [0, 1]], dtype=torch.int32), k_ranges, types)
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_the_operators_keep_torchs_rules(with_sink: bool) -> None:
+    """Schema, fake results (shapes, dtypes, strides), gradients, dynamic shapes: torch's own checks of an operator."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, requires_grad=True)
+
+    q = normal(HEADS, 21, 16).detach().transpose(0, 1).requires_grad_()
+    k, v = normal(21, KV_HEADS, 16), normal(21, KV_HEADS, 8)
+    sink = normal(2, HEADS) if with_sink else None
+    mask, options = tables(21), (sink, "sh", 0.25, 0.0, False)
+    torch.library.opcheck(flex_flash_attn, (q, k, v, *mask, *options, with_sink))
+    with torch.no_grad():
+        out, lse, _ = flex_flash_attn(q, k, v, *mask, *options, False)
+    values = [x.detach() for x in (torch.randn(out.shape), q, k, v, out, lse)]
+    options = (None if sink is None else sink.detach(), *options[1:])
+    torch.library.opcheck(flex_flash_attn_backward, (*values, *mask, *options))
+
+
+def test_checkpoints_can_keep_what_attention_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Selective checkpointing sees the operator, so a policy can keep its results instead of computing them again."""
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    kept_op, calls = torch.ops.magi_attention.flex_flash_attn.default, []
+    pick = ops.pick
+    monkeypatch.setattr(ops, "pick", lambda *args, **kwargs: (calls.append(1), pick(*args, **kwargs))[1])
+
+    def policy(keep: bool, function: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if keep and function is kept_op else CheckpointPolicy.PREFER_RECOMPUTE
+
+    torch.manual_seed(0)
+    layer = Layer("sh", 45)
+    expected = differentiate(layer, layer, 45)
+    for keep, num_calls in ((True, 2), (False, 3)):
+        contexts = partial(create_selective_checkpoint_contexts, lambda _, f, *a, keep=keep, **k: policy(keep, f))
+        calls.clear()
+        actual = differentiate(partial(checkpoint, layer, use_reentrant=False, context_fn=contexts), layer, 45)
+        assert all(torch.equal(x, y) for x, y in zip(expected, actual, strict=True))
+        assert len(calls) == num_calls
