@@ -56,7 +56,7 @@ class DeviceMask(KernelMask):
 
     def __init__(self, q_ranges: Tensor, k_ranges: Tensor, types: Tensor | None, num_q: int, num_k: int) -> None:
         assert len(q_ranges), "without slices there is nothing to read on the device"
-        values = {
+        values: dict[str, Any] = {
             "q_ranges": q_ranges,
             "k_ranges": k_ranges,
             "types": types,
