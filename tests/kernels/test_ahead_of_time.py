@@ -51,7 +51,7 @@ def test_what_stands_for_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_entry_of_the_table(tmp_path: Path, arch: str) -> None:
     rows = compile_report(tmp_path, "--arch", arch)
-    assert len(rows) > 50
+    assert len(rows) >= 45
     assert_as_the_table_says(rows)
 
 

@@ -77,17 +77,22 @@ def dkdv_kernel(
     b_dk = tl.zeros([TILE_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([TILE_K, BLOCK_DV], tl.float32)
     m_all = tl.full([1, 1], True, tl.int1)
+    # Loaded before the loop over heads: inside it, they would cost registers that the products need.
+    inner_begin = tl.load(p_inner_rows + tile * 2)
+    inner_end = tl.load(p_inner_rows + tile * 2 + 1)
+    edge_begin = tl.load(p_edge_rows + tile * 2)
+    edge_end = tl.load(p_edge_rows + tile * 2 + 1)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         p_qh = p_q + head.to(tl.int64) * s_qh
         p_doh = p_do + head.to(tl.int64) * s_doh
-        for at in range(tl.load(p_inner_rows + tile * 2), tl.load(p_inner_rows + tile * 2 + 1)):
+        for at in range(inner_begin, inner_end):
             for start in tl.range(tl.load(p_inner + at * 2), tl.load(p_inner + at * 2 + 1), TILE_Q):
                 b_dk, b_dv = _keys_block(
                     b_k, b_v, b_dk, b_dv, p_qh, p_doh, p_lse, p_delta, s_qt, s_dot, start + tl.arange(0, TILE_Q), num_q,
                     num_heads, head, m_all, scale_log2, cap_log2, D, DV, BLOCK_D, BLOCK_DV, CAPPED, False, PRECISION,
                 )  # fmt: skip
-        for at in range(tl.load(p_edge_rows + tile * 2), tl.load(p_edge_rows + tile * 2 + 1)):
+        for at in range(edge_begin, edge_end):
             p_edge = p_edges + at * 6
             for start in tl.range(tl.load(p_edge), tl.load(p_edge + 1), TILE_Q, num_stages=1):
                 o_q = start + tl.arange(0, TILE_Q)

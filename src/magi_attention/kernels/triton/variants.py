@@ -11,8 +11,8 @@ from magi_attention.kernels.triton.configs import Tiles, most_spilled, padded, p
 from magi_attention.kernels.triton.forward import forward_kernel
 
 _KERNELS = {"forward": forward_kernel, "dkdv": dkdv_kernel, "dq": dq_kernel}
-# Every row of the table; heads narrower than their block; v narrower than q.
-_HEAD_DIMS = ((64, 64), (80, 80), (128, 128), (192, 128), (256, 256))
+# Heads narrower than their block; v narrower than q.
+_ODD_HEAD_DIMS = ((80, 80), (192, 128))
 _CASES: dict[str, dict[str, bool]] = {
     "plain": {},
     "softcap": {"CAPPED": True},
@@ -25,16 +25,17 @@ _FLOAT32 = ("p_lse", "p_delta", "p_max")
 
 
 def aot_variants(arch: str) -> list[AotVariant]:
-    """Every configuration of the table for ``arch`` (``sm_90``, ``gfx942``, ...): all cases in bf16, the plain one in fp16 and fp32."""
-    variants = []
-    for head_dims in _HEAD_DIMS:
-        for kernel in _KERNELS:
-            variants += [_variant(arch, kernel, head_dims, "bf16", case) for case in _CASES]
-            if head_dims[0] == head_dims[1] != 80:
-                variants.append(_variant(arch, kernel, head_dims, "fp32", "plain"))
-            if head_dims == (128, 128):
-                variants.append(_variant(arch, kernel, head_dims, "fp16", "plain"))
-    return variants
+    """Every configuration of the table for ``arch`` (``sm_90``, ``gfx942``, ...).
+
+    Each row of the table in all cases in bf16 (whose code is that of fp16, but for the product's type) and plain in fp32; the odd head
+    dims plain.
+    """
+    rows = [(columns, columns) for columns in (64, 128, 256)]
+    wanted = [(head_dims, "bf16", case) for head_dims in rows for case in _CASES]
+    wanted += [(head_dims, "bf16", "plain") for head_dims in _ODD_HEAD_DIMS]
+    wanted += [((128, 128), "fp16", "plain")]
+    wanted += [(head_dims, "fp32", "plain") for head_dims in rows]
+    return [_variant(arch, kernel, *one) for one in wanted for kernel in _KERNELS]
 
 
 def _variant(arch: str, kernel: str, head_dims: tuple[int, int], dtype: str, case: str) -> AotVariant:
