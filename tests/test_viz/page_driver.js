@@ -37,7 +37,7 @@ function element(id) {
 
 vm.runInNewContext(script, {
   document: { getElementById: element },
-  window: { addEventListener() {} },
+  window: element("window"),
   devicePixelRatio: 1,
 });
 
@@ -49,10 +49,10 @@ for (const action of JSON.parse(fs.readFileSync(0, "utf8"))) {
   const canvas = element("mask");
   const at = action.cell && { clientX: (action.cell[1] + 0.5) * canvas.width / action.lengths[1],
                               clientY: (action.cell[0] + 0.5) * canvas.height / action.lengths[0] };
-  target.handlers[action.kind]?.({ target, ...at });
+  target.handlers[action.kind]?.({ target, deltaY: action.delta, preventDefault() {}, ...at });
   said.push({
     under: element("under").textContent, step: element("step").innerHTML,
-    legend: element("legend").innerHTML, ranks: element("ranks").innerHTML, filled, size: [canvas.width, canvas.height],
+    keys: element("keys").innerHTML, queries: element("queries").innerHTML, legend: element("legend").innerHTML, ranks: element("ranks").innerHTML, filled, size: [canvas.width, canvas.height],
   });
 }
 console.log(JSON.stringify(said));

@@ -149,6 +149,37 @@ def test_stepping_through_a_page(tmp_path: Path) -> None:
     assert sum(fill["colour"] != "#ececec" for fill in of_rank["filled"]) == int(mine.sum())
 
 
+def test_going_closer_and_moving_on_a_page(tmp_path: Path) -> None:
+    plan = plan_of("varlen", 2)
+    write_page(plan, tmp_path / "plan.html")
+    on = {"id": "mask", "cell": [70, 65], "lengths": [96, 96]}
+    hover, closer = {**on, "kind": "mousemove"}, {**on, "kind": "wheel", "delta": -200}
+    drag = [
+        {**on, "kind": "mousedown"},
+        {**on, "kind": "mousemove", "cell": [60, 60]},
+        {"id": "window", "kind": "mouseup"},
+    ]
+    said = act(
+        tmp_path / "plan.html",
+        [*[closer, hover] * 12, *drag, {**hover, "cell": [60, 60]}, {"id": "whole", "kind": "click"}, hover],
+    )
+    for one in said[1:24:2]:  # what is under the pointer stays there
+        assert one["under"].startswith("query 70, key 65")
+    # Closest are 4 x 4 cells: the key under the pointer, and where it lies, tell which. Stairs lie on the edges of cells.
+    closest = said[22]
+    assert re.findall(r"\d+", closest["keys"]) == ["63", "64", "65", "66", "67"]
+    assert re.findall(r"\d+", closest["queries"]) == ["68", "69", "70", "71", "72"]
+    first_key, first_query = 65.5 - 4 * 65.5 / 96, 70.5 - 4 * 70.5 / 96
+    corners = np.array([corner for fill in closest["filled"] for corner in fill["path"]]) / closest["size"] * 4
+    at = corners + np.array([first_key, first_query])
+    np.testing.assert_allclose(at, at.round(), atol=1e-6)
+    assert len(at) < sum(len(fill["path"]) for fill in said[28]["filled"])
+    assert said[27]["under"] == said[23]["under"]  # the cell came along with the pointer
+    assert said[28]["keys"].endswith("<span>96</span>")
+    assert said[29]["under"].startswith("query 70, key 65")
+    assert len(said[28]["filled"]) == len(planned_pieces(plan).bands)
+
+
 @pytest.mark.parametrize("output", ["mask.png", "mask.svg", "plan.html", None])
 def test_show(output: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["show", "--mask", "varlen-block-causal", "--tokens", "64K", "--ranks", "4"]
@@ -172,7 +203,9 @@ def test_show_a_mask_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     mask = AttnMask.shared_prefix([3, 2, 4], [-1, 0, 0])
     (tmp_path / "mask.json").write_text(mask.to_json(), encoding="utf-8")
     assert main(["show", "--mask", str(tmp_path / "mask.json")]) == 0
-    assert capsys.readouterr().out.rstrip("\n") == mask.to_string()
+    *drawn, how_to_read = capsys.readouterr().out.splitlines()
+    assert "\n".join(drawn) == mask.to_string()
+    assert how_to_read.startswith("queries downwards, keys to the right; a character is one cell: █ all attended")
     assert main(["show", "--mask", str(tmp_path / "nothing.json")]) == 2
     with pytest.raises(SystemExit):
         main(["show", "--mask", "casual", "--tokens", "8"])

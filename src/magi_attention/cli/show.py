@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     plan = None if args.ranks is None else _plan(mask, args)
     if args.output is None:
         print(_in_terminal(mask, plan, args.color_by))
+        print(_how_to_read(mask, plan is not None and args.color_by != "slice"))
     elif args.output.suffix in _PAGES:
         from magi_attention.viz import write_page
 
@@ -73,14 +74,28 @@ def _in_terminal(mask: AttnMask, plan: AttnPlan | None, color_by: str | None) ->
     return plan_to_string(plan)
 
 
+def _how_to_read(mask: AttnMask, by_rank: bool) -> str:
+    """What lies where, and what a character stands for."""
+    rows, columns = min(mask.num_q, 32), min(mask.num_k, 64)
+    one = (
+        "one cell"
+        if (rows, columns) == (mask.num_q, mask.num_k)
+        else f"{mask.num_q / rows:,.5g} x {mask.num_k / columns:,.5g} cells"
+    )
+    meaning = "the rank that computes most of them" if by_rank else "█ all attended, ▓▒░ fewer, blank none"
+    return f"queries downwards, keys to the right; a character is {one}: {meaning}"
+
+
 def _picture(mask: AttnMask, plan: AttnPlan | None, args: argparse.Namespace) -> None:
     color_by = args.color_by or ("slice" if plan is None else "rank")
+    lengths = f"{args.mask}: {mask.num_q:,} queries x {mask.num_k:,} keys"
     try:
-        if plan is None:
-            mask.plot(args.output, color_by=color_by)
+        if plan is None or color_by not in _OF_PLANS:
+            mask.plot(args.output, color_by=color_by, title=f"{lengths}, {1 - mask.sparsity:.2%} attended")
         else:
             from magi_attention.viz import plot_plan
 
-            plot_plan(plan, args.output, color_by=color_by)
+            balance = f"on {plan.num_ranks:,} ranks, the busiest with {plan.imbalance:.3f} times the mean of cells"
+            plot_plan(plan, args.output, color_by=color_by, title=f"{lengths}\n{balance}")
     except ImportError as error:  # matplotlib is an optional extra, and its absence is the user's to mend
         raise ValueError(str(error)) from error

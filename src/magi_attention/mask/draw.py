@@ -27,17 +27,19 @@ TYPE_NAMES = ("full", "causal", "inv_causal", "bi_causal")
 _TYPE_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")
 # Up to this many queries and keys, the edges of polygons are stairs.
 _MOST_TOKENS_OF_STAIRS = 128
-_MOST_NAMES_IN_LEGEND = 24
+_MOST_NAMES_IN_LEGEND, _NAMES_IN_COLUMN = 72, 36
 
 
 @dataclass(frozen=True, eq=False)
 class Pieces:
-    """What is drawn: ``bands`` ``[n, 6]``, ``group`` ``[n]`` index into ``names``, which say what has which colour."""
+    """What is drawn: ``bands`` ``[n, 6]``, ``group`` ``[n]`` index into ``names``, which say what has which colour, and ``legend``
+    what colours tell."""
 
     bands: Ints
     group: Ints
     names: tuple[str, ...]
     title: str
+    legend: str = ""
 
 
 def plot(mask: AttnMask, path: str | Path | None = None, *, color_by: str = "slice", title: str | None = None) -> Any:
@@ -45,8 +47,9 @@ def plot(mask: AttnMask, path: str | Path | None = None, *, color_by: str = "sli
 
     Args:
         path: where to write it: PNG, SVG or what else matplotlib writes, by its ending. None: nowhere.
-        color_by: "slice" (each row of the table a colour of its own) or "type" (the four types of slices). For colours by rank or
-            stage, see `magi_attention.viz.plot_plan`.
+        color_by: "slice" (each row of the table a colour of its own, also where it takes several slices of the four types to write it)
+            or "type" (the four types of slices). For colours by rank or stage, see `magi_attention.viz.plot_plan`.
+        title: left out, the lengths and how much is attended.
 
     Returns:
         The matplotlib figure.
@@ -63,10 +66,10 @@ def plot(mask: AttnMask, path: str | Path | None = None, *, color_by: str = "sli
     title = title or f"{mask.num_q:,} queries x {mask.num_k:,} keys, {1 - mask.sparsity:.2%} attended"
     if color_by == "slice":
         count = len(mask.bands)
-        pieces = Pieces(mask.bands, np.arange(count), tuple(f"row {at}" for at in range(count)), title)
+        pieces = Pieces(mask.bands, np.arange(count), tuple(f"slice {at}" for at in range(count)), title, "slices")
         return draw(pieces, mask.num_q, mask.num_k, path, slice_colours(count))
     q_ranges, k_ranges, types = slices_from_bands(mask.bands)
-    pieces = Pieces(bands_from_slices(q_ranges, k_ranges, types), types, TYPE_NAMES, title)
+    pieces = Pieces(bands_from_slices(q_ranges, k_ranges, types), types, TYPE_NAMES, title, "type of slice")
     return draw(pieces, mask.num_q, mask.num_k, path, _TYPE_COLOURS)
 
 
@@ -98,10 +101,19 @@ def draw(pieces: Pieces, num_q: int, num_k: int, path: str | Path | None, colour
         axis.set_major_formatter(formatter.FuncFormatter(lambda value, _: f"{value:,.0f}"))
     many = len(used) > _MOST_NAMES_IN_LEGEND
     colour_key = f"\n{pieces.names[used[0]]} to {pieces.names[used[-1]]}, a colour each" if many else ""
-    axes.set_title(pieces.title + colour_key, fontsize=10)
+    axes.set_title(pieces.title + colour_key, fontsize=10, pad=8)
     if len(used) and not many:
         handles = [patch_class(color=colours[at], label=pieces.names[at]) for at in used]
-        figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
+        options = {"fontsize": 8, "title_fontsize": 8, "frameon": False, "ncols": -(-len(used) // _NAMES_IN_COLUMN)}
+        # Beside the axes, not outside of the figure's layout, so that it begins where they do.
+        axes.legend(
+            handles=handles,
+            title=pieces.legend,
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1),
+            alignment="left",
+            **options,
+        )
     if path is not None:
         figure.savefig(path, bbox_inches="tight")
     return figure

@@ -22,8 +22,9 @@ MOST_PIECES = 200_000
 def write_page(plan: AttnPlan, path: str | Path, *, title: str = "An attention plan") -> None:
     """Write the page of a plan to ``path``: HTML that asks nothing of the network.
 
-    Hovering over the mask says which cell, slice, rank and stage is under the pointer; ranks and stages can be picked, colours be by
-    rank, stage, slice or number of keys; stepping shows what a rank receives from whom before each stage, and what it computes.
+    Hovering over the mask says which cell, slice, rank and stage is under the pointer; the wheel goes closer, to single cells, and
+    dragging moves. Ranks and stages can be picked, colours be by rank, stage, piece or number of keys; stepping shows what a rank
+    receives from whom before each stage, and what it computes.
 
     Raises:
         ValueError: more than 200,000 pieces, which a browser draws too slowly: plan larger chunks.

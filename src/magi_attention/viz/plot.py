@@ -23,7 +23,9 @@ def plot_plan(
 
     Args:
         path: where to write it: PNG, SVG or what else matplotlib writes, by its ending. None: nowhere.
-        color_by: "rank", or "stage" (of the forward pass, 0 being a rank's own keys). "slice" and "type" are those of `AttnMask.plot`.
+        color_by: "rank", or "stage" (of the forward pass: what a rank computes with its own keys, and with those that arrive in each
+            stage). "slice" and "type" are those of `AttnMask.plot`.
+        title: left out, the lengths, the ranks and their balance.
 
     Returns:
         The matplotlib figure.
@@ -34,7 +36,8 @@ def plot_plan(
     """
     mask = plan.mask
     title = title or (
-        f"{mask.num_q:,} queries x {mask.num_k:,} keys on {plan.num_ranks:,} ranks, largest area {plan.imbalance:.3f} of the mean"
+        f"{mask.num_q:,} queries x {mask.num_k:,} keys on {plan.num_ranks:,} ranks, "
+        f"the busiest with {plan.imbalance:.3f} times the mean of cells"
     )
     if color_by in ("slice", "type"):
         return mask.plot(path, color_by=color_by, title=title)
@@ -43,10 +46,10 @@ def plot_plan(
     planned = planned_pieces(plan)
     if color_by == "rank":
         names = tuple(f"rank {rank}" for rank in range(plan.num_ranks))
-        pieces = Pieces(planned.bands, planned.rank, names, title)
+        pieces = Pieces(planned.bands, planned.rank, names, title, "computed by")
         return draw(pieces, mask.num_q, mask.num_k, path, slice_colours(plan.num_ranks))
-    names = ("own keys", *(f"stage {stage + 1}" for stage in range(plan.num_stages)), "moved queries")
+    names = ("own keys", *(f"keys of stage {stage + 1}" for stage in range(plan.num_stages)), "moved queries")
     group = np.where(planned.stage == GUEST, len(names) - 1, planned.stage)
     remote = [hue_to_rgb(_STAGE_HUES[stage % len(_STAGE_HUES)]) for stage in range(plan.num_stages)]
     colours = [_HOST_COLOUR, *remote, _GUEST_COLOUR]
-    return draw(Pieces(planned.bands, group, names, title), mask.num_q, mask.num_k, path, colours)
+    return draw(Pieces(planned.bands, group, names, title, "computed with"), mask.num_q, mask.num_k, path, colours)
