@@ -312,7 +312,7 @@ class TestCuSeqlens:
             (([0, 5], [0, 5], True, (3, 0)), r"causal=True and window_size=\(3, 0\) exclude each other"),
             (([0, 5], [0, 5], True, (-1, 0)), r"causal=True and window_size=\(-1, 0\) exclude each other"),
             (([0, 5], [0, 5], False, (3,)), "window_size must be two ints"),
-            (([0, 5], [0, 5], False, (3, 0), -1), "global_window_size must be at least 0, got -1"),
+            (([0, 5], [0, 5], False, (3, 0), -1), "global_window_size must be an int of 0 or more, got -1"),
         ],
     )
     def test_bad_arguments(self, arguments: tuple[Any, ...], message: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from magi_attention.common import AttnRange, AttnRanges
 from magi_attention.common.enum import AttnMaskType, to_mask_types
 from magi_attention.mask.bands import Ints
+from magi_attention.mask.inputs import check_length
 from magi_attention.mask.window import check_window, window_slices
 from magi_attention.plan.layout import padded_length
 
@@ -185,8 +186,7 @@ def infer_attn_mask_from_cu_seqlens(
         raise ValueError(
             f"causal=True and window_size={window} exclude each other; a causal window is causal=False with window_size=(left, 0)"
         )
-    if global_window_size < 0:
-        raise ValueError(f"global_window_size must be at least 0, got {global_window_size}")
+    num_global = check_length(global_window_size, "global_window_size")
     q_pairs, total_q = _as_samples(cu_seqlens_q, "cu_seqlens_q")
     k_pairs, total_k = _as_samples(cu_seqlens_k, "cu_seqlens_k")
     if len(q_pairs) != len(k_pairs):
@@ -197,7 +197,7 @@ def infer_attn_mask_from_cu_seqlens(
         kind = AttnMaskType.CAUSAL if causal else AttnMaskType.FULL
         slices = _as_public(q_pairs, k_pairs, np.full(len(q_pairs), kind.to_int_type()))
     else:
-        slices = _as_public(*window_slices(q_pairs, k_pairs, window, global_window_size))
+        slices = _as_public(*window_slices(q_pairs, k_pairs, window, num_global))
     return *slices, total_q, total_k
 
 

@@ -12,18 +12,18 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention import env
 from magi_attention.api.functools import infer_attn_mask_from_cu_seqlens
-from magi_attention.api.keys import make_key
+from magi_attention.api.keys import make_key, telling_peers
 from magi_attention.api.moving import calc_attn, dispatch, get_position_ids, roll, undispatch
 from magi_attention.common import AttnRanges
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.config import DistAttnConfig
 from magi_attention.mask import AttnMask
+from magi_attention.mask.inputs import check_length
 from magi_attention.plan import AttnPlan
 from magi_attention.runtime import cache
 from magi_attention.runtime.group import nodes_of, resolve_group
@@ -92,9 +92,10 @@ def magi_attn_varlen_key(
             chunk_size given twice and differently, causal together with a window.
         NotImplementedError: an algorithm or mode that is not there yet.
     """
-    q_ranges, k_ranges, types, total_q, total_k = infer_attn_mask_from_cu_seqlens(
-        _as_ints(cu_seqlens_q), _as_ints(cu_seqlens_k), causal=causal, window_size=window_size
-    )
+    with telling_peers(resolve_group(cp_group_or_mesh)):
+        q_ranges, k_ranges, types, total_q, total_k = infer_attn_mask_from_cu_seqlens(
+            cu_seqlens_q, cu_seqlens_k, causal=causal, window_size=window_size
+        )
     return magi_attn_flex_key(
         q_ranges,
         k_ranges,
@@ -152,14 +153,19 @@ def magi_attn_flex_key(
             ranks that were given different arguments.
         NotImplementedError: an algorithm or mode that is not there yet.
     """
-    mask = AttnMask.from_slices(q_ranges, k_ranges, attn_mask_type, total_seqlen_q, total_seqlen_k)
+    group = resolve_group(cp_group_or_mesh)
+    with telling_peers(group):
+        total_seqlen_q = check_length(total_seqlen_q, "total_seqlen_q")
+        total_seqlen_k = check_length(total_seqlen_k, "total_seqlen_k")
+        mask = AttnMask.from_slices(q_ranges, k_ranges, attn_mask_type, total_seqlen_q, total_seqlen_k)
+        ranks_per_node = nodes_of(cp_group_or_mesh) if env.hierarchical_comm() else None
     return make_key(
         mask,
         num_heads_q,
         num_heads_kv,
         head_dim,
-        group=resolve_group(cp_group_or_mesh),
-        ranks_per_node=nodes_of(cp_group_or_mesh) if env.hierarchical_comm() else None,
+        group=group,
+        ranks_per_node=ranks_per_node,
         config=dist_attn_config,
         pad_size=pad_size,
         chunk_size=chunk_size,
@@ -186,19 +192,17 @@ def make_varlen_key_for_new_mask_after_dispatch(
     Raises:
         ValueError: totals that differ from the key's, an evicted key, or what `magi_attn_varlen_key` refuses.
     """
-    q_ranges, k_ranges, types, total_q, total_k = infer_attn_mask_from_cu_seqlens(
-        _as_ints(cu_seqlens_q), _as_ints(cu_seqlens_k), causal=causal, window_size=window_size
-    )
-    session = cache.get_session(key_for_dispatch)
-    for side, total, expected in (
-        ("q", total_q, session.key.total_seqlen_q),
-        ("k", total_k, session.key.total_seqlen_k),
-    ):
-        if total != expected:
-            raise ValueError(
-                f"cu_seqlens_{side} must end at {expected}, the total of key_for_dispatch, got {total}; a mask over the same "
-                "dispatch is a mask of the same tokens"
-            )
+    base = cache.get_session(key_for_dispatch).key
+    with telling_peers(base.cp_group):
+        q_ranges, k_ranges, types, total_q, total_k = infer_attn_mask_from_cu_seqlens(
+            cu_seqlens_q, cu_seqlens_k, causal=causal, window_size=window_size
+        )
+        for side, total, expected in (("q", total_q, base.total_seqlen_q), ("k", total_k, base.total_seqlen_k)):
+            if total != expected:
+                raise ValueError(
+                    f"cu_seqlens_{side} must end at {expected}, the total of key_for_dispatch, got {total}; a mask over the same "
+                    "dispatch is a mask of the same tokens"
+                )
     return make_flex_key_for_new_mask_after_dispatch(q_ranges, k_ranges, types, key_for_dispatch, dist_attn_config)
 
 
@@ -215,7 +219,8 @@ def make_flex_key_for_new_mask_after_dispatch(
         ValueError: an evicted key, or what `magi_attn_flex_key` refuses.
     """
     base = cache.get_session(key_for_dispatch).key
-    mask = AttnMask.from_slices(q_ranges, k_ranges, attn_mask_type, base.total_seqlen_q, base.total_seqlen_k)
+    with telling_peers(base.cp_group):
+        mask = AttnMask.from_slices(q_ranges, k_ranges, attn_mask_type, base.total_seqlen_q, base.total_seqlen_k)
     return _key_over(mask, base, dist_attn_config)
 
 
@@ -326,7 +331,3 @@ def plan_of(key: DistAttnRuntimeKey) -> AttnPlan:
 def clear_cache(cp_group: Group = None) -> None:
     """Forget the keys of a group, or, left out, of every group. Keys made before are then refused."""
     cache.clear_sessions(None if cp_group is None else resolve_group(cp_group), all_groups=cp_group is None)
-
-
-def _as_ints(lengths: Lengths) -> list[int]:
-    return [int(x) for x in (lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths)]

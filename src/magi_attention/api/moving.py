@@ -85,12 +85,13 @@ def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, *, attn_role:
         ValueError: another number of rows along ``dim``, or a key behind which no plan stands.
     """
     session, role = cache.get_session(key), checks.check_role(attn_role)
-    if not -x.dim() <= dim < x.dim():
+    shift = checks.as_int("shift", shift, what="an int, by how many tokens")
+    if not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim must be an axis of x, in [{-x.dim()}, {x.dim()}), got {dim}")
     rows = int(session.layout(role).num_rows[session.key.cp_rank])
     moved = x.movedim(dim, 0)
     checks.check_rows(moved, rows, f"x, with its axis {dim} first,", "roll takes the local rows as dispatch gave them")
-    rolled: Tensor = Roll.apply(moved, session, role, int(shift))
+    rolled: Tensor = Roll.apply(moved, session, role, shift)
     return rolled.movedim(0, dim)
 
 
@@ -142,8 +143,6 @@ def calc_attn(
     session = cache.get_session(key)
     checks.check_qkv(q, k, v, session)
     checks.check_sink(sink, q)
-    if softcap < 0:
-        raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
     settings = AttnSettings(
         softmax_scale=float(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale),
         softcap=float(softcap),

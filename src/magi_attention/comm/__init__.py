@@ -1,6 +1,6 @@
 """Rows between ranks, over any process group: gloo and NCCL alike, or none."""
 
-from magi_attention.comm.agree import all_reduce_max, assert_same_plan, dsink_all_reduce
+from magi_attention.comm.agree import all_reduce_max, assert_same_plan, dsink_all_reduce, tell_refusal
 from magi_attention.comm.exchange_rows import group_cast, group_reduce, group_reduce_lse
 from magi_attention.comm.failure import CommTimeoutError
 from magi_attention.comm.pending import Pending
@@ -19,4 +19,5 @@ __all__ = [
     "group_reduce",
     "group_reduce_lse",
     "reduce_scatter_rows",
+    "tell_refusal",
 ]

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from magi_attention.comm.failure import CommTimeoutError
 from magi_attention.comm.pending import Pending, start
 from magi_attention.comm.shards import gather_rows
 from magi_attention.comm.transport import group_device, group_size
+
+_REFUSED = bytes(hashlib.sha256().digest_size)  # in place of a digest
+_SAME_ARGUMENTS = (
+    "Every rank of the group must be given the same mask, lengths, heads, config and environment, in the same order of calls"
+)
 
 
 @torch.no_grad()
@@ -31,27 +39,46 @@ def dsink_all_reduce(dsink: Tensor, op: str, group: dist.ProcessGroup | None) ->
 
 
 def assert_same_plan(digest: bytes, group: dist.ProcessGroup | None) -> None:
-    """Compare the digests (equally long) of what the ranks plan. A collective: every rank must call it.
+    """Compare the digests of what the ranks plan. A collective: every rank must call it, or `tell_refusal` instead.
 
     Raises:
-        ValueError: on every rank, naming the ranks that differ from the most common digest.
+        ValueError: on every rank, naming the ranks that refused their arguments, or that differ from the most common digest.
     """
     if group_size(group) == 1:
         return
     assert group is not None
-    own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).unsqueeze(0).to(group_device(group))
-    gathered = gather_rows(own, [1] * group_size(group), group, label="comparison of plans")
-    digests = [bytes(row) for row in gathered.cpu().tolist()]
+    digests = _gather_digests(hashlib.sha256(digest).digest(), group)
+    ranks = dist.get_process_group_ranks(group)
+    refused = [rank for rank, theirs in zip(ranks, digests, strict=True) if theirs == _REFUSED]
+    if refused:
+        raise ValueError(
+            f"rank(s) {_list(refused)} refused what they were given for a key, where rank {dist.get_rank()} did not: the error there says "
+            f"why. {_SAME_ARGUMENTS}"
+        )
     # The most common digest; the lowest rank's among equally common ones, since a Counter keeps the order of arrival.
     common = Counter(digests).most_common(1)[0][0]
-    ranks = dist.get_process_group_ranks(group)
     odd = [rank for rank, theirs in zip(ranks, digests, strict=True) if theirs != common]
     if odd:
         rest = [rank for rank in ranks if rank not in odd]
         raise ValueError(
-            f"the ranks plan different things: rank(s) {_list(odd)} differ from rank(s) {_list(rest)}. Every rank of the group must be "
-            "given the same mask, lengths, heads, config and environment, in the same order of calls"
+            f"the ranks plan different things: rank(s) {_list(odd)} differ from rank(s) {_list(rest)}. {_SAME_ARGUMENTS}"
         )
+
+
+def tell_refusal(group: dist.ProcessGroup | None) -> None:
+    """What a rank calls that raises an error of its own instead of calling `assert_same_plan`, so that the others do not wait for it.
+
+    Peers that do not come need not be told, and what is raised is this rank's own error: so a collective that fails is none here.
+    """
+    if group is not None and group_size(group) > 1:
+        with suppress(CommTimeoutError):
+            _gather_digests(_REFUSED, group)
+
+
+def _gather_digests(own: bytes, group: dist.ProcessGroup) -> list[bytes]:
+    row = torch.frombuffer(bytearray(own), dtype=torch.uint8).unsqueeze(0).to(group_device(group))
+    gathered = gather_rows(row, [1] * group_size(group), group, label="comparison of plans")
+    return [bytes(theirs) for theirs in gathered.cpu().tolist()]
 
 
 def _list(ranks: list[int]) -> str:

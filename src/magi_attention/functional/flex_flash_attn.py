@@ -102,8 +102,6 @@ def flex_flash_attn_func(
     """
     check_tensors(q, k, v)
     check_sink(sink, sink_layout, q)
-    if softcap < 0:
-        raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
     check_tables(q_ranges, k_ranges, attn_type_map, q.device)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     tables = (q_ranges, k_ranges, attn_type_map)

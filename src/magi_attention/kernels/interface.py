@@ -6,6 +6,7 @@ The accumulation dtype is float32, or float64 for float64 inputs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -18,12 +19,24 @@ from magi_attention.mask.bands import bands_from_slices
 
 @dataclass(frozen=True)
 class AttnSettings:
-    """How the logits are made: ``s = softmax_scale * q.k``, then ``softcap * tanh(s / softcap)`` where softcap > 0."""
+    """How the logits are made: ``s = softmax_scale * q.k``, then ``softcap * tanh(s / softcap)`` where softcap > 0.
+
+    Raises:
+        ValueError: numbers that would make every logit NaN.
+    """
 
     softmax_scale: float
     softcap: float = 0.0
     deterministic: bool = False
     return_max_logits: bool = False
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.softmax_scale):
+            raise ValueError(
+                f"softmax_scale must be a finite number, or None for 1 / sqrt(head_dim), got {self.softmax_scale}"
+            )
+        if not 0 <= self.softcap < math.inf:
+            raise ValueError(f"softcap must be 0 (none) or positive and finite, got {self.softcap}")
 
 
 @dataclass(frozen=True, eq=False)

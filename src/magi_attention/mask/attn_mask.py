@@ -14,7 +14,7 @@ from magi_attention.common.enum import AttnMaskType
 from magi_attention.mask import bands as band_table
 from magi_attention.mask import builders, cells, columns, combine, documents, draw, serial
 from magi_attention.mask.bands import Ints
-from magi_attention.mask.inputs import as_ints, as_pairs
+from magi_attention.mask.inputs import as_ints, as_pairs, check_length
 from magi_attention.mask.simplify import simplify as _simplify
 
 _SHADES = " ░▒▓█"
@@ -75,8 +75,8 @@ class AttnMask:
                 "a mask needs one q_range, one k_range and one type for each slice, got "
                 f"{len(q_pairs)} q_ranges, {len(k_pairs)} k_ranges and {len(types)} types"
             )
-        num_q = int(q_pairs.max(initial=0)) if num_q is None else num_q
-        num_k = int(k_pairs.max(initial=0)) if num_k is None else num_k
+        num_q = int(q_pairs.max(initial=0)) if num_q is None else check_length(num_q, "num_q")
+        num_k = int(k_pairs.max(initial=0)) if num_k is None else check_length(num_k, "num_k")
         _check_ranges(q_pairs, num_q, "q_range")
         _check_ranges(k_pairs, num_k, "k_range")
         return cls(band_table.bands_from_slices(q_pairs, k_pairs, types), num_q, num_k)
@@ -219,7 +219,7 @@ def _as_pairs(ranges: Any, name: str) -> Ints:
 
 
 def _as_types(types: Any, num_slices: int) -> Ints:
-    if isinstance(types, (str, int, AttnMaskType)):
+    if isinstance(types, str) or not hasattr(types, "__len__"):
         return np.full(num_slices, _as_type(types))
     if hasattr(types, "dtype"):
         types = as_ints(types, "attn_mask_type").tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -83,9 +84,13 @@ def check_length(value: int, name: str, least: int = 0) -> int:
     Raises:
         ValueError: below ``least``.
     """
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+    try:
+        length = least - 1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        length = least - 1
+    if length < least:
         raise ValueError(f"{name} must be an int of {least} or more, got {value!r}")
-    return int(value)
+    return length
 
 
 def ranges_of(edges: Ints) -> Ints:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+from magi_attention.comm import all_reduce_max
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_flat_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+# Groups of meshes, of the world that they were made in: a program may leave its process group and join another.
+_flat_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = WeakKeyDictionary()
 
 
 def resolve_group(cp_group_or_mesh: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
@@ -20,7 +25,8 @@ def resolve_group(cp_group_or_mesh: dist.ProcessGroup | DeviceMesh | None) -> di
     use, which every rank of the mesh must reach.
 
     Raises:
-        ValueError: another kind of value, a mesh of more axes, or a group without torch.distributed being initialised.
+        ValueError: another kind of value, a mesh of more axes, a group without torch.distributed being initialised, or one that this rank
+            is not in.
     """
     if not dist.is_available() or not dist.is_initialized():
         if cp_group_or_mesh is None:
@@ -31,15 +37,25 @@ def resolve_group(cp_group_or_mesh: dist.ProcessGroup | DeviceMesh | None) -> di
         )
     if cp_group_or_mesh is None:
         return dist.group.WORLD
+    if cp_group_or_mesh is dist.GroupMember.NON_GROUP_MEMBER:
+        raise _not_a_member(cp_group_or_mesh)
     if isinstance(cp_group_or_mesh, dist.ProcessGroup):
         return cp_group_or_mesh
     from torch.distributed.device_mesh import DeviceMesh
 
     if isinstance(cp_group_or_mesh, DeviceMesh) and cp_group_or_mesh.ndim in (1, 2):
+        if cp_group_or_mesh.get_coordinate() is None:
+            raise _not_a_member(cp_group_or_mesh)
         return cp_group_or_mesh.get_group() if cp_group_or_mesh.ndim == 1 else _flat_group(cp_group_or_mesh)
     raise ValueError(
         f"cp_group_or_mesh must be a ProcessGroup, a 1-D or 2-D DeviceMesh or None, got {cp_group_or_mesh!r}; of a mesh with more "
         "axes, pass the slice over which the sequence is spread, such as mesh['cp']"
+    )
+
+
+def _not_a_member(group: object) -> ValueError:
+    return ValueError(
+        f"rank {dist.get_rank()} is not in the cp_group_or_mesh that it was given ({group!r}); only the ranks of a group make its keys"
     )
 
 
@@ -49,9 +65,28 @@ def _flat_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     assert world is not None
     if ranks == tuple(range(dist.get_world_size())):
         return world
-    if ranks not in _flat_groups:
-        _flat_groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return _flat_groups[ranks]
+    groups = _flat_groups.setdefault(world, {})
+    if ranks not in groups:
+        _check_same_number_of_groups(mesh)
+        groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return groups[ranks]
+
+
+def _check_same_number_of_groups(mesh: DeviceMesh) -> None:
+    """ValueError, on every rank of the mesh, where its ranks are in different numbers of groups.
+
+    After that number torch names a group that only its members make, so where it differs they would wait for each other without end.
+    """
+    number = len(c10d._world.pg_names)
+    both = torch.tensor([number, -number], device=group_device(mesh.get_group(0)))
+    for axis in range(mesh.ndim):
+        both = all_reduce_max(both, mesh.get_group(axis), label="number of groups")
+    most, least = both.tolist()
+    if most != -least:
+        raise ValueError(
+            f"the ranks {mesh.mesh.tolist()} of this 2-D mesh are in {-least} to {most} process groups each, and torch cannot make a group of "
+            "all of them unless they are in equally many: make the first key of this mesh before the groups that only some of them are in"
+        )
 
 
 def nodes_of(cp_group_or_mesh: dist.ProcessGroup | DeviceMesh | None) -> int:
