@@ -17,9 +17,7 @@ from magi_attention.comm.shards import gather_rows
 from magi_attention.comm.transport import group_device, group_size
 
 _REFUSED = bytes(hashlib.sha256().digest_size)  # in place of a digest
-_SAME_ARGUMENTS = (
-    "Every rank of the group must be given the same mask, lengths, heads, config and environment, in the same order of calls"
-)
+_SAME_ARGUMENTS = "Every rank of the group must be given the same mask, lengths, heads, config and environment, in the same order of calls"
 
 
 @torch.no_grad()
@@ -91,5 +89,6 @@ def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup
     assert group is not None
     total = x.clone(memory_format=torch.contiguous_format)
     everyone = range(group_size(group))
-    collective = partial(dist.all_reduce, total, op=op, group=group, async_op=True)
-    return Pending(start(collective, (total,), group, label, everyone, everyone), lambda: total).wait()
+    handed_over = total.view(total.shape)
+    collective = partial(dist.all_reduce, handed_over, op=op, group=group, async_op=True)
+    return Pending(start(collective, (handed_over,), group, label, everyone, everyone), lambda: total).wait()

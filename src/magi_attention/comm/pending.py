@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -20,10 +22,26 @@ U = TypeVar("U")
 
 _num_started: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
+# How long an exiting process waits for `_handed_over` to be let go of, which takes what is left of a collective.
+SECONDS_FOR_THREADS = 1.0
+_handed_over: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@atexit.register
+def _wait_for_threads() -> None:
+    """Let gloo's threads let go of the tensors of collectives that have landed.
+
+    They do so a moment after the wait is over, and need the interpreter for it; one that is ending gives them none, and the process aborts.
+    """
+    deadline = time.monotonic() + SECONDS_FOR_THREADS
+    while _handed_over and time.monotonic() < deadline:
+        time.sleep(0.001)
+
 
 @dataclass(frozen=True)
 class Flight:
-    """A collective that was started, and the ``buffers`` that must live until it has landed."""
+    """A collective that was started, and its ``buffers``, which must live until it has landed."""
 
     work: dist.Work
     buffers: tuple[Tensor, ...]
@@ -51,7 +69,10 @@ def start(
     sources: Sequence[int],
     targets: Sequence[int],
 ) -> Flight:
-    """Start an asynchronous collective. Every rank of the group must start the same ones in the same order, empty or not."""
+    """Start an asynchronous collective. Every rank of the group must start the same ones in the same order, empty or not.
+
+    ``buffers``: the tensors that ``collective`` hands over; views that nobody else holds, so that their end is the end of its use of them.
+    """
     number = _num_started.get(group, 0)
     _num_started[group] = number + 1
     watched = watch(Call(group, number, label, sources, targets), buffers[0].device)
@@ -60,6 +81,7 @@ def start(
     except dist.DistError as error:  # NCCL meets its peers here the first time
         raise _failure(watched, error) from error
     assert work is not None, "this rank is not in the group"
+    _handed_over.update((next(_numbers), buffer) for buffer in buffers)
     watched.begin(work)
     return Flight(work, buffers, watched)
 

@@ -71,12 +71,12 @@ def as_wide_integers(buffer: Tensor) -> Tensor:
     """``[rows, num_bytes]`` uint8 seen in the widest integer that divides a row.
 
     Not every backend moves every dtype (gloo no bfloat16), but all move these; and some count the elements that they move in 32 bits, which
-    wide ones put off to 16 GiB.
+    wide ones put off to 16 GiB. Always a new view, also of bytes.
     """
     for dtype in (torch.int64, torch.int32):
         if buffer.shape[1] and buffer.shape[1] % dtype.itemsize == 0:
             return buffer.view(dtype)
-    return buffer
+    return buffer.view(buffer.dtype)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -61,17 +61,17 @@ def all_to_all_rows(
     carrier = carrier_device(send.device, group)
     outgoing = send.to(carrier)
     incoming = torch.empty(sum(recv_splits), send.shape[1], dtype=torch.uint8, device=carrier)
+    buffers = as_wide_integers(incoming), as_wide_integers(outgoing)
     collective = partial(
         dist.all_to_all_single,
-        as_wide_integers(incoming),
-        as_wide_integers(outgoing),
+        *buffers,
         list(recv_splits),
         list(send_splits),
         group=group,
         async_op=True,
     )
     sources, targets = ([rank for rank, rows in enumerate(splits) if rows] for splits in (recv_splits, send_splits))
-    flight = start(collective, (incoming, outgoing), group, label, sources, targets)
+    flight = start(collective, buffers, group, label, sources, targets)
     return Pending(flight, lambda: incoming.to(send.device))
 
 
@@ -92,14 +92,9 @@ def all_gather_rows(
     if len(send) < share:
         outgoing = torch.cat([outgoing, outgoing.new_zeros(share - len(send), send.shape[1])])
     incoming = torch.empty(num_ranks * share, send.shape[1], dtype=torch.uint8, device=carrier)
-    collective = partial(
-        _all_gather,
-        as_wide_integers(incoming),
-        as_wide_integers(outgoing),
-        group=group,
-        async_op=True,
-    )
-    flight = start(collective, (incoming, outgoing), group, label, range(num_ranks), range(num_ranks))
+    buffers = as_wide_integers(incoming), as_wide_integers(outgoing)
+    collective = partial(_all_gather, *buffers, group=group, async_op=True)
+    flight = start(collective, buffers, group, label, range(num_ranks), range(num_ranks))
 
     def finish() -> Tensor:
         rows = incoming.to(send.device)

@@ -84,8 +84,9 @@ def _check_same_number_of_groups(mesh: DeviceMesh) -> None:
     most, least = both.tolist()
     if most != -least:
         raise ValueError(
-            f"the ranks {mesh.mesh.tolist()} of this 2-D mesh are in {-least} to {most} process groups each, and torch cannot make a group of "
-            "all of them unless they are in equally many: make the first key of this mesh before the groups that only some of them are in"
+            f"the ranks {mesh.mesh.tolist()} of this 2-D mesh are in {-least} to {most} process groups each, and torch cannot make a "
+            "group of all of them unless they are in equally many: make the first key of this mesh before the groups that only some of "
+            "them are in"
         )
 
 
