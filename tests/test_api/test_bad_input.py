@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,6 +30,9 @@ from magi_attention.api import (
     roll,
     undispatch,
 )
+from magi_attention.api import flex_flash_attn_func as flex
+from magi_attention.common import AttnRange, AttnRanges
+from magi_attention.common.enum import AttnMaskType
 from magi_attention.testing.dist import shared_pool
 
 FLEX: dict[str, Any] = {
@@ -79,6 +84,19 @@ VARLEN: dict[str, Any] = {
             "only bounds.*use BSDispatchAlg",
         ),
         ({"cp_group_or_mesh": "ranks"}, "not initialised"),
+        ({"attn_mask_type": None}, "full.*causal.*inv_causal.*bi_causal.*got None"),
+        ({"q_ranges": [[0, 31.5]]}, r"q_ranges must be pairs \(start, end\) of ints.*float64"),
+        ({"total_seqlen_q": -1}, "total_seqlen_q must be an int of 0 or more, got -1"),
+        ({"total_seqlen_k": 32.0}, "total_seqlen_k must be an int of 0 or more, got 32.0"),
+        ({"num_heads_kv": True}, "num_heads_kv must be a positive int, got True"),
+        ({"head_dim": 8.0}, "head_dim must be a positive int, got 8.0"),
+        ({"chunk_size": True}, "chunk_size must be a positive int or None, got True"),
+        ({"pad_size": 4.0}, "pad_size must be an int, got 4.0"),
+        ({"pad_size": -4}, "pad_size must be 0 here.*got -4"),
+        ({"is_same_source": "no"}, "is_same_source must be True or False, got 'no'"),
+        ({"dist_attn_config": None}, "dist_attn_config must be a DistAttnConfig.*got None"),
+        ({"dist_attn_config": DispatchConfig()}, "dist_attn_config must be a DistAttnConfig.*got DispatchConfig"),
+        ({"layout_key": "key"}, "must be a DistAttnRuntimeKey"),
     ],
 )
 def test_flex_key(change: dict[str, Any], message: str) -> None:
@@ -94,6 +112,10 @@ def test_flex_key(change: dict[str, Any], message: str) -> None:
         ({"cu_seqlens_q": [0, 32]}, "cu_seqlens"),
         ({"causal": True, "window_size": (4, 0)}, "causal"),
         ({"window_size": (-2, 0)}, "window_size"),
+        ({"window_size": None}, "window_size must be two ints.*got None"),
+        ({"cu_seqlens_q": [0, 20.5, 32]}, "cu_seqlens_q must be cumulative lengths.*20.5"),
+        ({"cu_seqlens_k": [[0, 32]]}, "cu_seqlens_k must be cumulative lengths"),
+        ({"cu_seqlens_k": None}, "cu_seqlens_k must be cumulative lengths"),
     ],
 )
 def test_varlen_key(change: dict[str, Any], message: str) -> None:
@@ -106,6 +128,46 @@ def test_cells_listed_twice_are_found_under_sanity_checks(monkeypatch: pytest.Mo
     twice = {"q_ranges": [[0, 32], [8, 16]], "k_ranges": [[0, 32], [0, 4]], "attn_mask_type": ["causal", "full"]}
     with pytest.raises(ValueError, match=r"cell \(query 8, key 0\) is attended by two of them"):
         magi_attn_flex_key(**{**FLEX, **twice})
+
+
+def test_ints_of_any_kind_make_the_same_key() -> None:
+    for int_of in (np.int32, np.int64, torch.tensor):
+        sizes = {name: int_of(FLEX[name]) for name in FLEX if name not in ("q_ranges", "k_ranges", "attn_mask_type")}
+        assert magi_attn_flex_key(**{**FLEX, **sizes}) == magi_attn_flex_key(**FLEX)
+    for ranges in (np.array([[0, 32]]), torch.tensor([[0, 32]]), AttnRanges.from_ranges([[0, 32]]), [AttnRange(0, 32)]):
+        assert magi_attn_flex_key(**{**FLEX, "q_ranges": ranges}) == magi_attn_flex_key(**FLEX)
+    for kind in ("causal", ["causal"], AttnMaskType.CAUSAL, (AttnMaskType.CAUSAL,), 1, np.array([1])):
+        assert magi_attn_flex_key(**{**FLEX, "attn_mask_type": kind}) == magi_attn_flex_key(**FLEX)
+    for edges in (np.array([0, 20, 32]), torch.tensor([0, 20, 32], dtype=torch.int32), list(torch.tensor([0, 20, 32]))):
+        assert magi_attn_varlen_key(**{**VARLEN, "cu_seqlens_q": edges}) == magi_attn_varlen_key(**VARLEN)
+
+
+def test_what_is_no_tensor() -> None:
+    key = magi_attn_flex_key(**FLEX)
+    q, k = torch.randn(32, 4, 8), torch.randn(32, 2, 8)
+    with pytest.raises(ValueError, match=r"q must be \[32, 4, 8\].*got a ndarray"):
+        calc_attn(q.numpy(), k, k, key)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"sink must be a floating-point tensor \[num_sink, 4\].*got a list"):
+        calc_attn(q, k, k, key, sink=[0.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"shift must be an int, .*got 1\.5"):
+        roll(q, 1.5, 0, key)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dim must be an axis of x"):
+        roll(q, 1, (0,), key)  # type: ignore[arg-type]
+
+
+def test_numbers_that_would_make_every_output_nan() -> None:
+    key = magi_attn_flex_key(**FLEX)
+    q, k = torch.randn(32, 4, 8), torch.randn(32, 2, 8)
+    ranges = torch.tensor([[0, 32]], dtype=torch.int32)
+    for wrong in (math.nan, math.inf):
+        for attend in (
+            lambda **how: calc_attn(q, k, k, key, **how),
+            lambda **how: flex(q, k, k, ranges, ranges, **how),
+        ):
+            with pytest.raises(ValueError, match=f"softcap must be 0 .none. or positive and finite, got {wrong}"):
+                attend(softcap=wrong)
+            with pytest.raises(ValueError, match=f"softmax_scale must be a finite number.*got {wrong}"):
+                attend(softmax_scale=wrong)
 
 
 def test_tensors_of_another_shape() -> None:

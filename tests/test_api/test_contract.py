@@ -118,4 +118,6 @@ def test_names_are_where_they_were(module: str) -> None:
     for name in PLACES[module].split():
         assert hasattr(here, name), f"{module}.{name}"
         # One object under all its names: an `except` or an `isinstance` by any of them works.
-        assert getattr(here, name) is next(getattr(m, name) for m in (api, functools, magi_attn_interface, here) if hasattr(m, name))
+        assert getattr(here, name) is next(
+            getattr(m, name) for m in (api, functools, magi_attn_interface, here) if hasattr(m, name)
+        )
