@@ -85,7 +85,7 @@ VARLEN: dict[str, Any] = {
         ),
         ({"cp_group_or_mesh": "ranks"}, "not initialised"),
         ({"attn_mask_type": None}, "full.*causal.*inv_causal.*bi_causal.*got None"),
-        ({"q_ranges": [[0, 31.5]]}, r"q_ranges must be pairs \(start, end\) of ints.*float64"),
+        ({"q_ranges": [[0, 31.5]]}, r"q_ranges must be pairs of ints.*float64"),
         ({"total_seqlen_q": -1}, "total_seqlen_q must be an int of 0 or more, got -1"),
         ({"total_seqlen_k": 32.0}, "total_seqlen_k must be an int of 0 or more, got 32.0"),
         ({"num_heads_kv": True}, "num_heads_kv must be a positive int, got True"),

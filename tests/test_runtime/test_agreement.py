@@ -62,7 +62,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 def message_of(make: Any, *args: Any, **kwargs: Any) -> str:
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         make(*args, **kwargs)
     return str(caught.value)
 
