@@ -1,7 +1,8 @@
 """What the planner promises, measured: ``python benchmarks/plan.py``.
 
-Prints planning times, received rows and balance of the affinity dispatcher beside min-heap's, what moving queries saves, and the predicted
-efficiency for 8 to 1,024 ranks (also as a picture). ``--quick`` leaves the largest worlds out.
+Prints planning times, rows moved, balance and predicted step of the default dispatcher beside min-heap's, what keys cost end to end, what
+moving queries saves, and the predicted efficiency for 8 to 1,024 ranks (also as a picture). Planning is one thread's work, and its times
+are processor times, which others on the machine disturb least. ``--quick`` leaves the largest worlds out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from magi_attention.config import AffinityDispatchAlg, DispatchAlg, DispatchConfig, DistAttnConfig, MinHeapDispatchAlg
+from magi_attention.common.enum import AttnOverlapMode
+from magi_attention.config import (
+    AffinityDispatchAlg,
+    DispatchAlg,
+    DispatchConfig,
+    DistAttnConfig,
+    MinHeapDispatchAlg,
+    OverlapConfig,
+)
 from magi_attention.mask import AttnMask
 from magi_attention.plan import AttnPlan, build_plan
 from magi_attention.plan.cost import Heads
@@ -32,18 +41,18 @@ def document_lengths(total: int, mean: float = 15_000, seed: int = 0) -> list[in
     return lengths
 
 
-def documents(total: int) -> AttnMask:
+def documents(total: int, seed: int = 0) -> AttnMask:
     """Packed causal documents."""
-    ends = np.cumsum(document_lengths(total))
+    ends = np.cumsum(document_lengths(total, seed=seed))
     starts = np.append(0, ends[:-1])
     zero = np.zeros_like(starts)
     return AttnMask(np.stack([starts, ends, starts, ends, starts - ends + 1, zero], axis=1), total, total)
 
 
-def block_documents(total: int, block: int = 2048) -> AttnMask:
+def block_documents(total: int, seed: int = 0, block: int = 2048) -> AttnMask:
     """Packed documents, each causal by blocks of 2,048."""
     q_ranges, k_ranges, start = [], [], 0
-    for length in document_lengths(total):
+    for length in document_lengths(total, seed=seed):
         for at in range(0, length, block):
             q_ranges.append((start + at, start + min(at + block, length)))
             k_ranges.append((start, start + min(at + block, length)))
@@ -51,8 +60,8 @@ def block_documents(total: int, block: int = 2048) -> AttnMask:
     return AttnMask.from_slices(q_ranges, k_ranges, "full", total, total)
 
 
-def causal(total: int) -> AttnMask:
-    """One causal document."""
+def causal(total: int, seed: int = 0) -> AttnMask:
+    """One causal document, whatever the seed."""
     return AttnMask.from_slices([(0, total)], [(0, total)], "causal", total, total)
 
 
@@ -62,27 +71,34 @@ def suffix_over_prefix(total: int, suffix: int = 1024) -> AttnMask:
 
 
 def timed_plan(
-    mask: AttnMask, num_ranks: int, chunk_size: int, alg: DispatchAlg, repeats: int
+    mask: AttnMask,
+    num_ranks: int,
+    chunk_size: int,
+    alg: DispatchAlg,
+    repeats: int,
+    overlap: OverlapConfig = OverlapConfig(),  # noqa: B008 - a frozen value
 ) -> tuple[AttnPlan, float]:
     """The plan, and the best of a few times (s) to make it and one rank's part of it."""
-    config = DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=chunk_size, alg=alg))
+    config = DistAttnConfig(DispatchConfig(chunk_size=chunk_size, alg=alg), overlap)
     best = float("inf")
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         plan = build_plan(mask, num_ranks, config)
         plan.rank(num_ranks // 2)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     return plan, best
 
 
-def compare_dispatchers(quick: bool) -> None:
+def compare_dispatchers(quick: bool, seeds: int) -> None:
     print(
-        "\nDispatch: rows received and area, chunks of 512 (ratios are to min-heap; time is all of planning, for one rank)"
+        "\nDispatch, chunks of 512. Ratios are to min-heap: rows received in all and by the busiest rank; rows on the busiest link, sent "
+        "or received; predicted step.\nImbalance is the largest area over the mean; time is all of planning, for one rank."
     )
     print(
-        f"{'mask':<26}{'tokens':>10}{'ranks':>6} {'heap ms':>8} {'ours ms':>8} {'rows':>7} {'busiest':>8} {'imbalance':>10} {'heap':>6}"
+        f"{'mask':<26}{'tokens':>10}{'ranks':>6}{'seed':>5} {'heap ms':>8} {'ours ms':>8} {'rows':>6} {'busiest':>8} {'link':>6} "
+        f"{'step':>6} {'imbalance':>10} {'heap':>6}"
     )
-    cases: list[tuple[str, Callable[[int], AttnMask], int, int]] = [
+    cases: list[tuple[str, Callable[[int, int], AttnMask], int, int]] = [
         ("causal", causal, 256 * K, 4),
         ("documents", documents, M, 64),
         ("documents, blocks of 2048", block_documents, M, 64),
@@ -91,17 +107,47 @@ def compare_dispatchers(quick: bool) -> None:
     if not quick:
         cases += [("documents", documents, 4 * M, 512), ("documents, blocks of 2048", block_documents, 4 * M, 512)]
     for name, make, total, num_ranks in cases:
-        mask = make(total)
-        repeats = 5 if total <= M else 2
-        heap, heap_time = timed_plan(mask, num_ranks, 512, MinHeapDispatchAlg(), repeats)
-        ours, ours_time = timed_plan(mask, num_ranks, 512, AffinityDispatchAlg(), repeats)
-        assert len(set(ours.q_layout.num_rows.tolist())) == 1, "equal tokens on every rank"
-        rows = ours.received_rows.sum() / max(heap.received_rows.sum(), 1)
-        busiest = ours.received_rows.max() / max(heap.received_rows.max(), 1)
-        print(
-            f"{name:<26}{total:>10,}{num_ranks:>6} {heap_time * 1e3:>8.1f} {ours_time * 1e3:>8.1f} {rows:>7.3f} {busiest:>8.3f} "
-            f"{ours.imbalance:>10.3f} {heap.imbalance:>6.3f}"
-        )
+        for seed in range(1 if make is causal else seeds):
+            mask, repeats = make(total, seed), 3 if total <= M else 1
+            heap, heap_time = timed_plan(mask, num_ranks, 512, MinHeapDispatchAlg(), repeats)
+            ours, ours_time = timed_plan(mask, num_ranks, 512, AffinityDispatchAlg(), repeats)
+            assert len(set(ours.q_layout.num_rows.tolist())) == 1, "equal tokens on every rank"
+            rows = ours.received_rows.sum() / max(heap.received_rows.sum(), 1)
+            busiest = ours.received_rows.max() / max(heap.received_rows.max(), 1)
+            links = [int(max(plan.received_rows.max(), plan.sent_rows.max())) for plan in (ours, heap)]
+            steps = [report(plan).step for plan in (ours, heap)]
+            print(
+                f"{name:<26}{total:>10,}{num_ranks:>6}{seed:>5} {heap_time * 1e3:>8.1f} {ours_time * 1e3:>8.1f} {rows:>6.3f} "
+                f"{busiest:>8.3f} {links[0] / max(links[1], 1):>6.3f} {steps[0] / steps[1]:>6.3f} {ours.imbalance:>10.3f} {heap.imbalance:>6.3f}"
+            )
+
+
+def time_keys() -> None:
+    """What a program waits for where every micro-batch has a mask of its own: `magi_attn_flex_key` and this rank's part of the plan."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from magi_attention.api import magi_attn_flex_key, plan_of
+
+    print(
+        "\nKeys, end to end: ranges to the plan of one rank, packed causal documents, best of five new masks; and the same key again"
+    )
+    print(f"{'tokens':>10}{'ranks':>6} {'documents of':>13} {'chunk':>8} {'new ms':>7} {'again ms':>9}")
+    for total, num_ranks, mean in [(256 * K, 4, 15_000), (M, 64, 15_000), (M, 64, 300)]:
+        dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
+        for chunk_size in (None, 512):
+            times = []
+            for seed in range(5):
+                ends = np.append(0, np.cumsum(document_lengths(total, mean, seed))).tolist()
+                ranges = [[start, end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+                for _ in range(2):
+                    start_time = time.process_time()
+                    key = magi_attn_flex_key(ranges, ranges, "causal", total, total, 32, 8, 128, chunk_size=chunk_size)
+                    plan_of(key).rank(0)
+                    times.append(time.process_time() - start_time)
+            new, again = min(times[::2]) * 1e3, min(times[1::2]) * 1e3
+            print(f"{total:>10,}{num_ranks:>6} {mean:>13,} {chunk_size or 'default':>8} {new:>7.1f} {again:>9.2f}")
+        dist.destroy_process_group()
 
 
 def move_queries(heads: Heads) -> None:
@@ -124,19 +170,21 @@ def move_queries(heads: Heads) -> None:
 
 def predict_efficiency(heads: Heads, quick: bool, picture: Path) -> None:
     print(
-        "\nPredicted efficiency (ideal time / predicted step): 8,192 tokens a rank, packed documents, chunks of 1,024"
+        "\nPredicted efficiency (ideal time / predicted step): 8,192 tokens a rank, packed documents, chunks of 1,024, stages chosen"
     )
     names = ["ours", "ring", "all-gather", "head-sharded (Ulysses)"]
     print(f"{'ranks':>6} " + " ".join(f"{name:>23}" for name in names) + f" {'plan ms':>9}")
     worlds = [8, 16, 32, 64, 128] + ([] if quick else [256, 512, 1024])
     table = []
     for num_ranks in worlds:
-        plan, seconds = timed_plan(documents(num_ranks * 8192), num_ranks, 1024, AffinityDispatchAlg(), 1)
+        overlap = OverlapConfig(mode=AttnOverlapMode.DYNAMIC)
+        plan, seconds = timed_plan(documents(num_ranks * 8192), num_ranks, 1024, AffinityDispatchAlg(), 1, overlap)
         result = report(plan, heads)
         ideal = result.efficiency * result.step
-        row = [result.efficiency] + [0.0 if one.step is None else ideal / one.step for one in result.alternatives]
+        row = [result.efficiency] + [np.nan if one.step is None else ideal / one.step for one in result.alternatives]
         table.append(row)
-        print(f"{num_ranks:>6} " + " ".join(f"{share:>23.1%}" for share in row) + f" {seconds * 1e3:>9.0f}")
+        shown = ["not possible" if np.isnan(share) else f"{share:.1%}" for share in row]
+        print(f"{num_ranks:>6} " + " ".join(f"{share:>23}" for share in shown) + f" {seconds * 1e3:>9.0f}")
     plot_efficiency(worlds, names, table, picture)
 
 
@@ -166,9 +214,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="leave the largest worlds out")
     parser.add_argument("--plot", type=Path, default=Path("out/plan_efficiency.png"))
+    parser.add_argument("--seeds", type=int, default=1, help="how many sets of documents (1)")
     args = parser.parse_args()
     heads = Heads()
-    compare_dispatchers(args.quick)
+    compare_dispatchers(args.quick, args.seeds)
+    time_keys()
     move_queries(heads)
     predict_efficiency(heads, args.quick, args.plot)
 

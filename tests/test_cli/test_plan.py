@@ -100,11 +100,47 @@ def test_misspelt_values(words: list[str], capsys: pytest.CaptureFixture[str]) -
         (["--mask", "causal", "--tokens", "1K", "--ranks", "4", "--mesh", "2x4"], "8 ranks, --ranks says 4"),
         (["--mask", "causal", "--tokens", "1K", "--ranks", "2", "--dispatcher", "lower-bound"], "use BSDispatchAlg"),
         (["--mask", "causal", "--tokens", "1K", "--ranks", "2", "--lengths", "not-there"], "not-there"),
+        (["--mask", "causal", "--tokens", "1K", "--ranks", "2", "--bandwidth-between", "1G"], "say --mesh 8x8 too"),
     ],
 )
 def test_what_cannot_be(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *words]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_lengths_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "lengths"
+    file.write_bytes(b"\xff\xfe\x00")
+    assert main(["plan", "--mask", "varlen-full", "--ranks", "2", "--lengths", str(file)]) == 2
+    message = capsys.readouterr().err
+    assert "positive ints" in message and str(file) in message
+
+
+def test_crossing_once_or_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "plan",
+        "--mask",
+        "causal",
+        "--tokens",
+        "16K",
+        "--mesh",
+        "2x4",
+        "--bandwidth-between",
+        "1G",
+        "--chunk-size",
+        "256",
+    ]
+    rows = {}
+    for crossing in ("once", "each"):
+        assert main([*words, "--crossing", crossing, "--json", str(tmp_path / crossing)]) == 0
+        rows[crossing] = json.loads((tmp_path / crossing).read_text())["report"]["rows_between_nodes"]
+    assert 0 < rows["once"] < rows["each"]
+    capsys.readouterr()
+    assert main([*words, "--compare", "--json", str(tmp_path / "both")]) == 0
+    both = json.loads((tmp_path / "both").read_text())
+    assert {one["once"] for one in both["compared"]} == {True, False}
+    assert both["chosen"]["once"]
+    assert "rows crossing between nodes once" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "5 x", "3 0", "4 5"])

@@ -82,6 +82,19 @@ def test_counts_against_the_dense_mask(seed: int, nodes: bool) -> None:
         assert certificate.rows_between_nodes == sum(len(rows) for rows in crossing)
 
 
+def test_rows_between_the_nodes_of_the_machine() -> None:
+    # A plan without hierarchy: every rank of a node that needs a row gets it across.
+    plan = build_plan(documents([40, 60, 28]), 4, DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=8)))
+    held = [plan.k_layout.positions(rank) for rank in range(4)]
+    demanded = [
+        np.setdiff1d(np.flatnonzero(part.any(axis=0)), np.concatenate(held[rank // 2 * 2 : rank // 2 * 2 + 2]))
+        for rank, part in enumerate(dense_cells(plan))
+    ]
+    certificate = plan.report(HEADS, Machine(bandwidth_between=1e9, ranks_per_node=2))
+    assert certificate.rows_between_nodes == sum(len(rows) for rows in demanded) > 0
+    assert plan.report(HEADS).rows_between_nodes == 0
+
+
 def test_counting_demand_does_not_look_at_the_transfers() -> None:
     plan = build_plan(documents([64, 64]), 4, DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=8)))
     whole = plan.report(HEADS)
@@ -165,9 +178,28 @@ def test_alternatives_of_a_full_mask() -> None:
     assert all(one.step is not None and one.step >= ideal for one in certificate.alternatives)
 
 
+def test_alternatives_on_nodes() -> None:
+    # Nodes of 2 of 4 ranks, a link between them ten times slower: a ring turns at its speed, a gather crosses with half of each row.
+    mask = AttnMask.from_slices([(0, 64)], [(0, 64)], "full", 64, 64)
+    plan = build_plan(mask, 4, DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=8)))
+    row, ideal = 128 / 1e6, 1e-9  # of keys, at a megabyte a second; computing costs nothing
+    alike, slow = (
+        [one.step for one in plan.report(HEADS, Machine(1e20, 1e6, 0.0, between, nodes)).alternatives]
+        for between, nodes in ((None, None), (1e5, 2))
+    )
+    assert alike[:2] == pytest.approx([3 * 48 * row, 3 * 48 * row], abs=ideal)
+    assert slow[:2] == pytest.approx([3 * 48 * row * 10, 3 * (48 * row + 48 * (2 / 3) / 2 * row * 10)], abs=ideal)
+    assert slow[2] == pytest.approx(alike[2] * (2 / 3) * 10, abs=ideal)
+
+
 def test_heads_that_cannot_be_sharded() -> None:
-    plan = build_plan(documents([64, 64]), 4, DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=8)))
-    certificate = plan.report(HEADS)  # two heads of keys on four ranks
+    config = DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=8))
+    # Four heads of queries, two of keys. On four ranks those of keys are copied: of a rank's 32 tokens, three quarters of q, out, and k, v
+    # twice.
+    copied = build_plan(documents([64, 64]), 4, config).report(HEADS).alternatives[-1]
+    assert copied.step is not None
+    assert copied.rows == 4 * int(32 * 0.75 * (2 * 128 + 128 * 2) / 128)
+    certificate = build_plan(documents([64, 64]), 8, config).report(HEADS)
     assert certificate.alternatives[-1].step is None
     assert "not possible" in str(certificate)
 

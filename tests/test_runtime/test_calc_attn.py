@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -11,10 +11,18 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from magi_attention.api import (
+    AffinityDispatchAlg,
+    AttnOverlapMode,
+    BSDispatchAlg,
     DispatchConfig,
     DistAttnConfig,
+    DPDispatchAlg,
     GreedyOverlapAlg,
+    MinHeapDispatchAlg,
     OverlapConfig,
+    SequentialDispatchAlg,
+    SortedSequentialSelectAlg,
+    ToppHeapDispatchAlg,
     calc_attn,
     dispatch,
     magi_attn_flex_key,
@@ -22,6 +30,7 @@ from magi_attention.api import (
     undispatch,
 )
 from magi_attention.common.enum import AttnRole
+from magi_attention.config import DispatchAlg
 from magi_attention.testing.dist import shared_pool
 from magi_attention.testing.mask_families import MASK_FAMILIES
 from magi_attention.testing.oracle import AttnResult, assert_results_as_exact, attention_oracle, plain_result
@@ -47,6 +56,8 @@ class Case:
     moves_queries: bool = False
     is_q_permutable: bool = True
     ranks_per_node: int | None = None
+    alg: DispatchAlg = field(default_factory=AffinityDispatchAlg)
+    mode: AttnOverlapMode = AttnOverlapMode.STATIC
 
 
 def check_case(case: Case) -> None:
@@ -84,9 +95,12 @@ def check_case(case: Case) -> None:
         chunk_size=case.chunk_size,
         cp_group_or_mesh=mesh,
         dist_attn_config=DistAttnConfig(
-            dispatch_config=DispatchConfig(uneven_shard=case.uneven),
+            dispatch_config=DispatchConfig(uneven_shard=case.uneven, alg=case.alg),
             overlap_config=OverlapConfig(
-                degree=case.degree, min_chunk_size=1, **({"alg": GreedyOverlapAlg()} if case.greedy else {})
+                mode=case.mode,
+                degree=case.degree,
+                min_chunk_size=1,
+                **({"alg": GreedyOverlapAlg()} if case.greedy else {}),
             ),
         ),
         is_same_source=same_source,
@@ -171,6 +185,27 @@ def test_heads_uneven_shards_and_chunks() -> None:
         Case("window", torch.float64, "reference", chunk_size=1, degree=3),
         Case("causal", torch.float64, "reference", is_q_permutable=False),
         Case("random_cross", torch.float64, "reference", is_q_permutable=False, degree=2),
+    ]
+    shared_pool().run(check_cases, cases)
+
+
+def test_every_dispatcher_and_chosen_stages() -> None:
+    algorithms = (
+        MinHeapDispatchAlg(),
+        SequentialDispatchAlg(),
+        SortedSequentialSelectAlg(),
+        ToppHeapDispatchAlg(),
+        BSDispatchAlg(),
+    )
+    families = ("varlen_causal", "random_a", "causal", "window", "varlen_causal")
+    cases = [
+        Case(family, torch.float64, "reference", 1 + at % 3, alg=alg, greedy=at % 2 == 1)
+        for at, (alg, family) in enumerate(zip(algorithms, families, strict=True))
+    ]
+    cases += [
+        Case("varlen_causal", torch.float64, "reference", chunk_size=8, alg=DPDispatchAlg()),
+        Case("causal", torch.float64, "reference", mode=AttnOverlapMode.DYNAMIC),
+        Case("varlen_causal", torch.float64, "reference", mode=AttnOverlapMode.DYNAMIC, greedy=True),
     ]
     shared_pool().run(check_cases, cases)
 

@@ -43,7 +43,7 @@ COMPARED = ("affinity", "min-heap", "sequential", "sorted-sequential", "top-p-he
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned, for whom, on what."""
+    """What is planned, for whom, on what. ``ranks_per_node``: of a mesh; None where there is none."""
 
     mask: AttnMask
     num_ranks: int
@@ -55,11 +55,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Setting:
-    """What may be chosen. ``chunk_size`` None: the default for the length. ``degree`` None: chosen by predicted time."""
+    """What may be chosen. ``chunk_size`` None: the default for the length. ``degree`` None: chosen by predicted time. ``once``: on a mesh,
+    a row that several ranks of a node need crosses to it once, and is handed on there."""
 
     dispatcher: str
     chunk_size: int | None
     degree: int | None
+    once: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +109,8 @@ def try_setting(job: Job, setting: Setting) -> Outcome:
         config_of(job, setting),
         moves_queries=row_bytes,
         only_few_queries=not job.moves_queries,  # as a program does that does not ask for it
-        ranks_per_node=job.ranks_per_node,
+        heads=heads,
+        ranks_per_node=job.ranks_per_node if setting.once else None,
     )
     plan.rank(0)
     seconds = time.perf_counter() - start
@@ -134,15 +137,18 @@ def side_by_side(outcomes: Iterable[Outcome]) -> list[str]:
     """A line for every outcome, and above them what their columns are."""
     lines = [
         f"{'dispatcher':<19} {'chunks of':>9} {'degree':>6} {'fw+bw stages':>12} {'imbalance':>9} {'rows received':>14} {'busiest':>11} "
-        f"{'peak MiB':>8} {'step ms':>9} {'of ideal':>8} {'plan ms':>8}"
+        f"{'between nodes':>14} {'peak MiB':>8} {'step ms':>9} {'of ideal':>8} {'plan ms':>8}"
     ]
     for one in outcomes:
         result = one.report
+        between = (
+            f"{result.rows_between_nodes:,}{' once' if one.setting.once else ''}" if result.rows_between_nodes else "-"
+        )
         degree = "auto" if one.setting.degree is None else str(one.setting.degree)
         lines.append(
             f"{one.setting.dispatcher:<19} {one.plan.q_layout.chunk_size:>9,} {degree:>6} "
             f"{f'{result.forward_stages} + {result.backward_stages}':>12} {result.imbalance:>9.3f} {sum(result.rows_received):>14,} "
-            f"{max(result.rows_received):>11,} {max(result.peak_bytes) / 2**20:>8.0f} {result.step * 1e3:>9.2f} "
+            f"{max(result.rows_received):>11,} {between:>14} {max(result.peak_bytes) / 2**20:>8.0f} {result.step * 1e3:>9.2f} "
             f"{result.efficiency:>8.1%} {one.seconds * 1e3:>8.0f}"
         )
     return lines
@@ -155,7 +161,9 @@ def choose(outcomes: list[Outcome]) -> tuple[Outcome, list[str]]:
     degree = "chosen by prediction" if setting.degree is None else str(setting.degree)
     lines = [
         f"choice: {setting.dispatcher}, chunks of {best.plan.q_layout.chunk_size:,}, degree {degree} "
-        f"({result.forward_stages} remote stages forward, {result.backward_stages} backward): predicted step {result.step * 1e3:.2f} ms"
+        f"({result.forward_stages} remote stages forward, {result.backward_stages} backward)"
+        + (", rows crossing between nodes once" if setting.once else "")
+        + f": predicted step {result.step * 1e3:.2f} ms"
     ]
     if others:
         worst = others[-1].report.step

@@ -73,7 +73,7 @@ def document_lengths(args: argparse.Namespace) -> Ints:
     """
     if args.lengths is None:
         return log_normal_lengths(_tokens(args), args.mean_length, args.seed)
-    words = args.lengths.read_text().replace(",", " ").split()
+    words = args.lengths.read_text(encoding="utf-8", errors="replace").replace(",", " ").split()
     if not words or not all(word.isdigit() and int(word) > 0 for word in words):
         raise ValueError(
             f"{args.lengths} must hold positive ints, the lengths of documents, got {' '.join(words[:5])!r}"

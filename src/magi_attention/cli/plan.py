@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from magi_attention.cli import masks, values
@@ -34,9 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine, heads = Machine(), Heads()
     ranks = parser.add_argument_group("the ranks")
     ranks.add_argument("--ranks", type=values.count, help="how many; left out, those of the mesh")
-    ranks.add_argument("--mesh", type=values.mesh, help="nodes x ranks of a node, 8x8: rows cross between nodes once")
+    ranks.add_argument("--mesh", type=values.mesh, help="nodes x ranks of a node, 8x8")
     ranks.add_argument("--flops", type=values.rate, default=machine.flops, help="attention FLOP/s of a rank (400T)")
     ranks.add_argument("--bandwidth", type=values.rate, default=machine.bandwidth, help="bytes/s into a rank (40G)")
+    ranks.add_argument(
+        "--bandwidth-between", type=values.rate, help="bytes/s into a rank from other nodes; left out, as --bandwidth"
+    )
     ranks.add_argument("--latency", type=values.seconds, default=machine.latency, help="of an exchange (30us)")
     model = parser.add_argument_group("the model")
     model.add_argument(
@@ -48,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--chunk-size", type=values.count, help="tokens; left out, 8 chunks a rank")
     plan.add_argument("--dispatcher", choices=DISPATCHERS, default="affinity", help="how chunks are dealt (affinity)")
     plan.add_argument("--degree", type=values.degree, default=1, help="remote stages, or auto: by predicted time (1)")
+    plan.add_argument(
+        "--crossing",
+        choices=("once", "each"),
+        default="once",
+        help="on a mesh, a row that several ranks of a node need crosses to it once, or to each (once); --compare and --sweep try both",
+    )
     plan.add_argument(
         "--move-queries",
         action="store_true",
@@ -67,11 +76,14 @@ def run(args: argparse.Namespace) -> None:
     job = _job_of(args)
     documents = f"{job.mask.num_q:,} tokens, {len(job.mask.bands):,} rows of the table"
     print(f"{args.mask}: {documents}, {job.mask.area:,} cells ({1 - job.mask.sparsity:.2%} of the square)")
-    settings = [Setting(args.dispatcher, args.chunk_size, args.degree)]
+    once = job.ranks_per_node is not None and args.crossing == "once"
+    settings = [Setting(args.dispatcher, args.chunk_size, args.degree, once)]
     if args.sweep:
         settings = settings_of_sweep(job, args.dispatcher)
     if args.compare:
-        settings = [Setting(name, one.chunk_size, one.degree) for name in COMPARED for one in settings]
+        settings = [replace(one, dispatcher=name) for name in COMPARED for one in settings]
+    if job.ranks_per_node is not None and (args.sweep or args.compare):
+        settings = [replace(one, once=crossing) for one in settings for crossing in (True, False)]
     outcomes = [try_setting(job, setting) for setting in settings]
     chosen = outcomes[0]
     if len(outcomes) > 1:
@@ -98,6 +110,8 @@ def _job_of(args: argparse.Namespace) -> Job:
                 f"a mesh of {num_nodes}x{per_node} has {num_nodes * per_node} ranks, --ranks says {num_ranks}; leave one out"
             )
         num_ranks = num_nodes * per_node
+    if args.bandwidth_between is not None and per_node is None:
+        raise ValueError("--bandwidth-between is of a mesh: say --mesh 8x8 too")
     if num_ranks is None:
         raise ValueError("how many ranks? Say --ranks 64, or --mesh 8x8")
     num_q, num_kv = args.heads
@@ -106,7 +120,7 @@ def _job_of(args: argparse.Namespace) -> Job:
         num_ranks=num_ranks,
         ranks_per_node=per_node,
         heads=Heads(num_q, num_kv, args.head_dim, args.itemsize),
-        machine=Machine(args.flops, args.bandwidth, args.latency),
+        machine=Machine(args.flops, args.bandwidth, args.latency, args.bandwidth_between, per_node),
         moves_queries=args.move_queries,
     )
 

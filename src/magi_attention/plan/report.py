@@ -23,7 +23,7 @@ from magi_attention.plan.cost import (
     ideal_time,
     timeline,
 )
-from magi_attention.plan.demand import DST, SRC, demanded_intervals, rows_by_rank
+from magi_attention.plan.demand import BEGIN, DST, END, SRC, demanded_intervals, rows_by_rank
 from magi_attention.plan.plan import AttnPlan
 from magi_attention.plan.predicted import workloads
 
@@ -133,7 +133,7 @@ def report(plan: AttnPlan, heads: Heads | None = None, machine: Machine | None =
         rows_received=plan.received_rows.tolist(),
         queries_received=plan.received_queries.tolist(),
         bytes_received=(plan.received_rows * heads.key_bytes + plan.received_queries * heads.query_bytes).tolist(),
-        rows_between_nodes=plan.rows_between_nodes,
+        rows_between_nodes=_rows_between_nodes(plan, machine),
         rows_demanded=demanded,
         rows_in_excess=received - demanded,
         peak_bytes=_peak_bytes(plan, heads).tolist(),
@@ -171,6 +171,15 @@ def _demanded_rows(plan: AttnPlan) -> int:
     return total - int((covered(runs[:, 1]) - covered(runs[:, 0])).sum())
 
 
+def _rows_between_nodes(plan: AttnPlan, machine: Machine) -> int:
+    """k rows that cross between nodes: those of the plan's hierarchy or, without one, of the machine's nodes."""
+    if plan.ranks_per_node is not None or machine.ranks_per_node is None:
+        return plan.rows_between_nodes
+    table = plan.forward.table
+    crosses = table[:, SRC] // machine.ranks_per_node != table[:, DST] // machine.ranks_per_node
+    return int((table[crosses, END] - table[crosses, BEGIN]).sum())
+
+
 def _peak_bytes(plan: AttnPlan, heads: Heads) -> Ints:
     """Bytes of attention's own tensors in the backward pass: q, k, v, out, dout, float32 dq, dk, dv, and two stages' buffers."""
     rows_q, rows_k = plan.q_layout.num_rows, plan.k_layout.num_rows
@@ -196,17 +205,28 @@ def alternatives(plan: AttnPlan, heads: Heads, cost: CostModel) -> list[Alternat
     num_ranks, length = plan.num_ranks, plan.k_layout.padded_seqlen
     compute = ideal_time(plan.mask.area, num_ranks, cost)
     foreign = length * (num_ranks - 1) // num_ranks  # rows that a rank does not hold
-    moved_once = foreign * cost.row
-    ring = max(compute / (1 + cost.backward_ratio), moved_once) + max(
-        compute * cost.backward_ratio / (1 + cost.backward_ratio), 2 * moved_once
+    per_node = cost.ranks_per_node if cost.row_between is not None and cost.ranks_per_node is not None else num_ranks
+    row_between = cost.row if cost.row_between is None else cost.row_between
+    crossing = (num_ranks - per_node) / max(num_ranks - 1, 1)  # share of the foreign rows that is on other nodes
+
+    turned = foreign * (
+        max(cost.row, row_between) if crossing else cost.row
+    )  # a ring turns as fast as its slowest link
+    ring = max(compute / (1 + cost.backward_ratio), turned) + max(
+        compute * cost.backward_ratio / (1 + cost.backward_ratio), 2 * turned
     )
     hops = 3 * (num_ranks - 1) * cost.latency
-    gathered = compute + 3 * (moved_once + cost.latency)
+    # The ranks of a node fetch a part each from the others, and share.
+    gathered = compute + 3 * (foreign * cost.row + foreign * crossing / per_node * row_between + cost.latency)
     # Head-sharding sends q, k, v and brings out back; backward the same of the gradients and dout: of a rank's own rows all but its heads.
-    per_token = (2 * heads.query_bytes + heads.key_bytes) / heads.key_bytes
+    # Heads of keys that are fewer than the ranks are copied, so that each rank has one.
+    num_q, num_kv = heads.num_heads_q, heads.num_heads_kv
+    copies = max(num_ranks / num_kv, 1.0)
+    per_token = (2 * heads.query_bytes + heads.key_bytes * copies) / heads.key_bytes
     shared = int(length / num_ranks * (num_ranks - 1) / num_ranks * per_token)
-    possible = heads.num_heads_kv % num_ranks == 0
-    ulysses = compute + 3 * shared * cost.row + 8 * cost.latency if possible else None
+    possible = num_q % num_ranks == 0 and max(num_ranks, num_kv) % min(num_ranks, num_kv) == 0
+    exchanged = max(shared * (1 - crossing) * cost.row, shared * crossing * row_between)
+    ulysses = compute + 3 * exchanged + 8 * cost.latency if possible else None
     return [
         Alternative("ring", foreign * num_ranks, ring + hops),
         Alternative("all-gather", foreign * num_ranks, gathered),

@@ -98,6 +98,7 @@ def check_deliveries(plan: AttnPlan) -> None:
     chunk_of_query = np.searchsorted(plan.q_layout.chunk_edges, np.arange(plan.mask.num_q), side="right") - 1
     moved = np.zeros((plan.q_layout.num_chunks, plan.num_ranks), bool) if plan.moved is None else plan.moved
     away = moved[chunk_of_query][:, k_rank[: plan.mask.num_k]] & dense  # cells computed where the key lives
+    deliveries = [key_deliveries(plan, backward) for backward in (False, True)]
     for rank in range(plan.num_ranks):
         queries = plan.q_layout.positions(rank)
         queries = queries[queries < plan.mask.num_q]
@@ -105,9 +106,8 @@ def check_deliveries(plan: AttnPlan) -> None:
         demanded = np.setdiff1d(attended, plan.k_layout.positions(rank))
         keys_here = plan.k_layout.positions(rank)
         visiting = np.flatnonzero(away[:, keys_here[keys_here < plan.mask.num_k]].any(axis=1))
-        for backward in (False, True):
-            arrived = [buffer[rank] for buffer in key_deliveries(plan, backward)]
-            received = np.concatenate([np.empty(0, np.int64), *arrived])
+        for of_pass in deliveries:
+            received = np.concatenate([np.empty(0, np.int64), *(buffer[rank] for buffer in of_pass)])
             _same_once(received, demanded, f"rank {rank}, keys")
         _same_once(guests[rank], visiting, f"rank {rank}, guests")
     if plan.ranks_per_node is not None:
