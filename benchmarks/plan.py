@@ -118,7 +118,8 @@ def compare_dispatchers(quick: bool, seeds: int) -> None:
             steps = [report(plan).step for plan in (ours, heap)]
             print(
                 f"{name:<26}{total:>10,}{num_ranks:>6}{seed:>5} {heap_time * 1e3:>8.1f} {ours_time * 1e3:>8.1f} {rows:>6.3f} "
-                f"{busiest:>8.3f} {links[0] / max(links[1], 1):>6.3f} {steps[0] / steps[1]:>6.3f} {ours.imbalance:>10.3f} {heap.imbalance:>6.3f}"
+                f"{busiest:>8.3f} {links[0] / max(links[1], 1):>6.3f} {steps[0] / steps[1]:>6.3f} {ours.imbalance:>10.3f} "
+                f"{heap.imbalance:>6.3f}"
             )
 
 
