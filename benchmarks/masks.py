@@ -3,8 +3,8 @@
     python benchmarks/masks.py
 
 Prints the time (s) and memory of a picture of a million tokens on 16 ranks, in a process of its own; the time from a ``mask_mod`` of
-16,384 tokens to slices, checked against every cell; and the slices of 1,000 random matrices beside what merging equal runs of adjacent
-rows gives.
+16,384 tokens to slices, checked against every cell; how long converters take for a million tokens, and how few rows they give; and the
+slices of 1,000 random matrices beside what merging equal runs of adjacent rows gives.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ def picture() -> None:
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
+        cpu, memory = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
         print(
-            f"  exit {process.returncode}, {seconds:.2f} s in all, {usage.ru_maxrss / 1024:.0f} MiB at most, "
+            f"  exit {process.returncode}, {seconds:.2f} s in all ({cpu:.2f} s of CPU), {memory:.0f} MiB at most, "
             f"{output.stat().st_size:,} bytes"
         )
 
@@ -68,6 +69,36 @@ def from_mask_mod(num_tokens: int = 16_384, window: int = 1024) -> None:
     print(
         f"  {seconds:.2f} s, {len(mask.bands)} rows, {len(q_ranges)} slices, {wrong} of {num_tokens**2:,} cells wrong"
     )
+
+
+def converters(num_tokens: int = 1 << 20) -> None:
+    print(f"\nconverters, {num_tokens:,} tokens in 100 documents where nothing else is said: ms, rows")
+    rng = np.random.default_rng(0)
+    edges = np.unique(np.concatenate([[0, num_tokens], rng.choice(num_tokens, 99, replace=False)]))
+    starts, ends = (np.repeat(side, np.diff(edges)) for side in (edges[:-1], edges[1:]))
+    token, documents = np.arange(num_tokens), np.repeat(np.arange(len(edges) - 1), np.diff(edges))
+    padded = np.arange(num_tokens // 64)[None, :] < rng.integers(1, num_tokens // 64, 64)[:, None]
+    by_token = np.arange(100_000)
+    chunks = np.stack([by_token // 8192 * 8192, by_token + 1], axis=1)
+    by_query = AttnMask.from_slices(np.stack([by_token, by_token + 1], axis=1), chunks)
+    window = np.minimum(token + 4096, num_tokens)[:, None]
+    asked: dict[str, Callable[[], AttnMask]] = {
+        "cu_seqlens": lambda: AttnMask.from_cu_seqlens(edges, causal=True),
+        "document ids": lambda: AttnMask.from_document_ids(documents),
+        "position ids": lambda: AttnMask.from_position_ids(token - starts),
+        "attention_mask of 64 sequences": lambda: AttnMask.from_attention_mask(padded),
+        "column bounds of documents": lambda: AttnMask.from_startend_row_indices(ends[:, None], causal=True),
+        "column bounds of a window of 4,096": lambda: AttnMask.from_startend_row_indices(window, causal=True),
+        "chunks of 8,192, 100,000 slices, simplified": by_query.simplify,
+        "chunks of 8,192, 100,000 tokens, mask_mod": lambda: AttnMask.from_mask_mod(
+            lambda b, h, q, k: (q // 8192 == k // 8192) & (q >= k), 100_000
+        ),
+    }
+    for name, convert in asked.items():
+        convert()
+        start = time.perf_counter()
+        mask = convert()
+        print(f"  {name:<44} {(time.perf_counter() - start) * 1e3:>8.1f} ms {len(mask.bands):>6,} rows")
 
 
 def noise(rng: Rng, size: int) -> np.ndarray:
@@ -124,6 +155,7 @@ def main() -> None:
     args = parser.parse_args()
     picture()
     from_mask_mod()
+    converters()
     decompositions(args.matrices)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -90,6 +91,15 @@ def test_nested_rows_are_dropped() -> None:
         mask = any_mask(rng)
         doubled = AttnMask(rng.permutation(np.concatenate([mask.bands, mask.bands[::2]])), mask.num_q, mask.num_k)
         np.testing.assert_array_equal(doubled.simplify().to_dense(), mask.to_dense())
+
+
+def test_many_rows_that_are_listed_twice_take_little_memory() -> None:
+    ranges = np.stack([np.arange(1500), np.full(1500, 3000)], axis=1)
+    nested = AttnMask.from_slices(np.repeat(ranges, 2, axis=0), [(0, 3000)] * 3000)
+    tracemalloc.start()
+    assert nested.simplify() == AttnMask.full(3000)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 30
+    tracemalloc.stop()
 
 
 def test_cells_listed_twice_are_told_with_their_place() -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from magi_attention.mask.bands import K0, K1, Q0, Q1, Ints, tighten
+from magi_attention.mask.bands import Ints, tighten
 from magi_attention.mask.builders import make_mask
 from magi_attention.mask.cells import chain_runs
 from magi_attention.mask.combine import transpose_bands
@@ -56,11 +56,14 @@ def from_startend_row_indices(indices: Any, num_q: int | None = None, *, causal:
     first = np.flatnonzero(np.append(True, (np.diff(bounds, axis=0) != 0).any(axis=1))[:num_k])
     group, q0, q1 = _seen_queries(bounds[first], num_q, causal)
     k0, k1 = first[group], np.append(first[1:], num_k)[group]
-    hi = np.full(len(group), num_k - num_q) if causal else k1 - 1 - q0
-    rows = tighten(np.stack([q0, q1, k0, k1, k0 - q1 + 1, hi], axis=1))[0]
-    alone = rows[:, K1] - rows[:, K0] == 1
-    slanting = transpose_bands(chain_runs(rows[alone, K0], rows[alone, Q0], rows[alone, Q1]))
-    return make_mask(merge_bands(np.concatenate([rows[~alone], slanting])), num_q, num_k)
+    last = num_k - num_q if causal else num_k  # diagonal
+    alone = k1 - k0 == 1
+    begin = np.maximum(q0[alone], k0[alone] - last)
+    seen = begin < q1[alone]
+    slanting = transpose_bands(chain_runs(k0[alone][seen], begin[seen], q1[alone][seen]))
+    q0, q1, k0, k1 = (edge[~alone] for edge in (q0, q1, k0, k1))
+    rows = tighten(np.stack([q0, q1, k0, k1, k0 - q1 + 1, np.minimum(last, k1 - 1 - q0)], axis=1))[0]
+    return make_mask(merge_bands(np.concatenate([rows, slanting])), num_q, num_k)
 
 
 def _seen_queries(bounds: Ints, num_q: int, causal: bool) -> tuple[Ints, Ints, Ints]:

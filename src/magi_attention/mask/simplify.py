@@ -27,6 +27,9 @@ from magi_attention.mask.bands import HI, K0, K1, LO, Q0, Q1, Ints, area, check_
 if TYPE_CHECKING:
     from magi_attention.mask.attn_mask import AttnMask
 
+# Pairs of rows looked at together: bounds the memory, not the result.
+_PAIRS_AT_ONCE = 1 << 20
+
 # (columns that merging rows share, column in which they follow each other, column of the first that tells where the second begins)
 _ORDERS = [
     *((keys, Q0, Q1) for keys in itertools.product((K0, LO), (K1, HI))),
@@ -97,21 +100,21 @@ def _disjoint(bands: Ints) -> Ints:
     """Without the rows that are nested in another; ValueError where cells are still listed twice."""
     if find_overlap(bands) is None:
         return bands
+    bands = bands[np.sort(np.unique(bands, axis=0, return_index=True)[1])]  # of equal rows, one
     nested = np.zeros(len(bands), bool)
     order = np.argsort(bands[:, Q0], kind="stable")
     ordered = bands[order]
     count = np.searchsorted(ordered[:, Q0], ordered[:, Q1], side="left") - np.arange(len(bands)) - 1
-    for at in range(0, len(bands), 1024):
-        stop = min(at + 1024, len(bands))
-        left, right = expand(np.arange(at, stop) + 1, np.maximum(count[at:stop], 0))
+    block = np.cumsum(count) // _PAIRS_AT_ONCE
+    for at in np.flatnonzero(np.diff(block, prepend=-1)):
+        stop = np.searchsorted(block, block[at], side="right")
+        left, right = expand(np.arange(at, stop) + 1, count[at:stop])
         left = left + at
         a, b = ordered[left], ordered[right]
         shared, meeting = tighten(np.where(np.arange(6) % 2 == 0, np.maximum(a, b), np.minimum(a, b)))
         left, right, cells = left[meeting], right[meeting], area(shared)
-        in_left, in_right = cells == area(ordered[right]), cells == area(ordered[left])
-        nested[order[right[in_left]]] = True
-        # Of two equal rows one stays.
-        nested[order[left[in_right & ~in_left]]] = True
+        nested[order[right[cells == area(ordered[right])]]] = True
+        nested[order[left[cells == area(ordered[left])]]] = True
     bands = bands[~nested]
     check_disjoint(bands)
     return bands
