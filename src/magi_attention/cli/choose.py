@@ -74,11 +74,12 @@ class Outcome:
     seconds: float
 
     @property
-    def rank_order(self) -> tuple[float, int, int]:
-        """Least predicted step; among equals the fewer stages, then the larger chunks, for both have fewer parts to handle."""
+    def rank_order(self) -> tuple[float, int, int, int]:
+        """Least predicted step; among equals the fewer stages, then the fewer rows, then the larger chunks: less to handle."""
         return (
             self.report.step,
             self.report.forward_stages + self.report.backward_stages,
+            sum(self.report.rows_received),
             -self.plan.q_layout.chunk_size,
         )
 
@@ -171,7 +172,7 @@ def choose(outcomes: list[Outcome]) -> tuple[Outcome, list[str]]:
         lines.append(
             f"why: the least predicted step of {len(outcomes)}; the slowest takes {worst / result.step:.2f} times as long"
             + (
-                f"; {equal} more are within 0.1%, of which this has the fewest stages and the largest chunks"
+                f"; {equal} more are within 0.1%: of equal ones, this has the fewest stages, then moves the fewest rows"
                 if equal
                 else ""
             )

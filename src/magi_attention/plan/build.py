@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from magi_attention.common.enum import AttnOverlapMode
 from magi_attention.config import DistAttnConfig, OverlapConfig
 from magi_attention.mask import AttnMask
+from magi_attention.mask.bands import Ints
 from magi_attention.plan.cost import CostModel, Heads, cost_of
 from magi_attention.plan.demand import DST, SRC, remote_transfers, split_by_owner
 from magi_attention.plan.layout import ShardLayout
 from magi_attention.plan.plan import AttnPlan, areas_of
-from magi_attention.plan.predicted import fastest
+from magi_attention.plan.predicted import fastest, not_slower_than
 from magi_attention.plan.query_moves import (
     RowBytes,
     choose_moves,
@@ -21,6 +23,7 @@ from magi_attention.plan.query_moves import (
 )
 from magi_attention.plan.sharding import make_layouts
 from magi_attention.plan.stages import deal
+from magi_attention.plan.workload import Dealing
 
 
 def build_plan(
@@ -80,7 +83,10 @@ def build_plan(
 
     def complete(q_and_k: tuple[ShardLayout, ShardLayout]) -> AttnPlan:
         moves = moves_queries, only_few_queries
-        return _plan_over(mask, *q_and_k, config.overlap_config, cost, moves, ranks_per_node)
+        plan, undealt = _plan_over(mask, *q_and_k, config.overlap_config, cost, moves, ranks_per_node)
+        if plan.moved is None or config.overlap_config.mode is AttnOverlapMode.STATIC or not len(undealt):
+            return plan
+        return not_slower_than(plan, Dealing(undealt, 1), heads, cost)
 
     return fastest(map(complete, layouts), heads, cost)
 
@@ -93,8 +99,11 @@ def _plan_over(
     cost: CostModel,
     moves: tuple[RowBytes | None, bool],
     ranks_per_node: int | None,
-) -> AttnPlan:
-    """The plan of a mask whose rows are laid out. ``moves``: ``moves_queries`` and ``only_few_queries`` of `build_plan`."""
+) -> tuple[AttnPlan, Ints]:
+    """The plan of a mask whose rows are laid out, and the transfers of its keys before they were dealt to stages.
+
+    ``moves``: ``moves_queries`` and ``only_few_queries`` of `build_plan`.
+    """
     moves_queries, only_few_queries = moves
     moved, guests = None, np.empty((0, 6), np.int64)
     transfers = remote_transfers(mask.bands, q_layout, k_layout)
@@ -109,4 +118,4 @@ def _plan_over(
             transfers = transfers[transfers[:, DST] != transfers[:, SRC]]
     areas = areas_of(mask, q_layout)
     forward, backward = deal(transfers, mask.bands, q_layout, k_layout, areas, config, cost, ranks_per_node)
-    return AttnPlan(mask, q_layout, k_layout, forward, backward, guests, moved, ranks_per_node)
+    return AttnPlan(mask, q_layout, k_layout, forward, backward, guests, moved, ranks_per_node), transfers

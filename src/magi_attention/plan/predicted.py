@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -63,6 +64,25 @@ def predicted_step(plan: AttnPlan, heads: Heads, cost: CostModel) -> float:
     """Forward and backward of the slowest rank, in the unit of ``cost``."""
     forward, backward = workloads(plan, heads, cost)
     return float(forward_times(forward, cost).max(initial=0) + backward_times(backward, cost).max(initial=0))
+
+
+def not_slower_than(plan: AttnPlan, one: Dealing, heads: Heads, cost: CostModel) -> AttnPlan:
+    """``plan``, with its remote rows in ``one`` stage in each pass that is predicted faster so.
+
+    Needed where queries move, whose work is no part of what `stages.deal` predicts.
+    """
+    dealt, alone = (
+        workloads(plan, heads, cost),
+        workloads(replace(plan, forward=one, backward=one, _ranks={}), heads, cost),
+    )
+    forward, backward = (
+        one if times(few, cost).max() < times(many, cost).max() else dealing
+        for times, many, few, dealing in (
+            (forward_times, dealt[0], alone[0], plan.forward),
+            (backward_times, dealt[1], alone[1], plan.backward),
+        )
+    )
+    return replace(plan, forward=forward, backward=backward, _ranks={})
 
 
 def fastest(plans: Iterator[AttnPlan], heads: Heads, cost: CostModel) -> AttnPlan:
