@@ -15,6 +15,7 @@ BACKENDS: dict[str, str] = {
     "tiled": "magi_attention.kernels.tiled",
     "cpu": "magi_attention.kernels.cpu",
     "triton": "magi_attention.kernels.triton",
+    "hopper": "magi_attention.kernels.hopper",
 }
 
 # What "auto" tries on a device, best first. The last takes anything, so there is always one.

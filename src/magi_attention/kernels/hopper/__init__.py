@@ -1,0 +1,114 @@
+"""The backend for Hopper GPUs (sm_90), in Gluon: warp-specialised, with the tensor copy engine and asynchronous products.
+
+It takes bfloat16 and float16 heads of 64 or 128 columns, without softcap; ``auto`` goes on to ``triton`` with the rest. Gluon has no
+interpreter, so without such a GPU these kernels can be compiled but not run.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from magi_attention.kernels import triton as portable
+from magi_attention.kernels.hopper.configs import CONSUMER_ROWS, FORWARD_TILES, HEAD_DIMS, NUM_CONSUMERS
+from magi_attention.kernels.hopper.descriptors import describe_rows, why_not
+from magi_attention.kernels.hopper.forward import forward_kernel
+from magi_attention.kernels.hopper.segments import SegmentList, build_segments
+from magi_attention.kernels.interface import AttnSettings, KernelMask, Partial
+from magi_attention.kernels.partials import empty_partial
+from magi_attention.kernels.triton.configs import arch_of
+from magi_attention.kernels.triton.work_lists import transpose
+
+name = "hopper"
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_LOG2E = 1.4426950408889634
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings) -> str | None:
+    if q.device.type != "cuda" or arch_of(q.device) != "sm_90":
+        return f"it runs on Hopper GPUs (sm_90), got tensors on {q.device}"
+    if q.dtype not in _DTYPES:
+        return f"it takes bfloat16 and float16, got {q.dtype}"
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] not in HEAD_DIMS:
+        return f"it takes head dims {' and '.join(map(str, HEAD_DIMS))}, got {q.shape[-1]} and {v.shape[-1]}"
+    if settings.softcap > 0:
+        return f"it takes no softcap, got {settings.softcap}"
+    if settings.softmax_scale <= 0:
+        return f"it takes positive softmax scales, got {settings.softmax_scale}"
+    return why_not("q", q) or why_not("k", k) or why_not("v", v)
+
+
+def _segments(mask: KernelMask, tile: int, block: int, device: torch.device, *, by_key: bool) -> SegmentList:
+    at = ("hopper", tile, block, device, by_key)
+    if at not in mask.derived:
+        bands, length = (transpose(mask.bands), mask.num_k) if by_key else (mask.bands, mask.num_q)
+        mask.derived[at] = build_segments(bands, length, tile, block).to(device)
+    segments: SegmentList = mask.derived[at]
+    return segments
+
+
+@lru_cache(maxsize=16)
+def _num_programs(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: KernelMask,
+    settings: AttnSettings,
+    *,
+    into: Partial | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Partial:
+    """See `Backend.forward`."""
+    (num_q, hq, d), hk = q.shape, k.shape[1]
+    raw = settings.return_max_logits
+    if not len(mask.bands) or not q.numel():
+        return into or empty_partial(q, d, out_dtype, with_max_logits=raw)
+    tiles = FORWARD_TILES[d]
+    work = _segments(mask, CONSUMER_ROWS * NUM_CONSUMERS, tiles.block, q.device, by_key=False)
+    if into is None:
+        out = torch.empty(num_q, hq, d, dtype=out_dtype or torch.float32, device=q.device)
+        lse = torch.empty(num_q, hq, dtype=torch.float32, device=q.device)
+    else:
+        assert into.out.is_contiguous() and into.lse.is_contiguous(), "partial results are made contiguous"
+        out, lse = into.out, into.lse
+    tops = torch.empty(work.num_tiles * NUM_CONSUMERS, hq, dtype=torch.float32, device=q.device) if raw else lse
+    by_copy = into is None and out.dtype == q.dtype
+    num_items = work.num_tiles * hq
+    forward_kernel[(min(num_items, _num_programs(q.device)),)](
+        describe_rows(q, CONSUMER_ROWS), describe_rows(k, tiles.block), describe_rows(v, tiles.block),
+        describe_rows(out, CONSUMER_ROWS) if by_copy else out, lse, tops, work.order, work.rows, work.segments,
+        q.stride(1), k.stride(1), v.stride(1), num_q, settings.softmax_scale * _LOG2E, num_items, hq, hq // hk,
+        D=d, BLOCK=tiles.block, STAGES=tiles.stages, CONSUMERS=NUM_CONSUMERS, TMA_OUT=by_copy, MERGE=into is not None,
+        RAW=raw, TURNS=tiles.turns, REGISTERS=tiles.registers, num_warps=4,
+    )  # fmt: skip
+    if not raw:
+        return Partial(out, lse, None if into is None else into.max_logits)
+    best = tops.amax(dim=0) / _LOG2E
+    if into is not None and into.max_logits is not None:
+        torch.maximum(into.max_logits, best, out=into.max_logits)
+        best = into.max_logits
+    return Partial(out, lse, best)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    mask: KernelMask,
+    settings: AttnSettings,
+    *,
+    dq: Tensor | None = None,
+    grad_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Backend.backward`."""
+    return portable.backward(dout, q, k, v, lse, delta, mask, settings, dq=dq, grad_dtype=grad_dtype)

@@ -1,0 +1,40 @@
+"""What the tensor copy engine is told of a tensor, and what it cannot be told."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+_MOST_COLUMNS = 2**31 - 1
+
+
+def _num_columns(x: Tensor) -> int:
+    return (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+
+
+def describe_rows(x: Tensor, block: int) -> TensorDescriptor:
+    """``x`` ``[tokens, heads, head_dim]`` as a matrix: a row a token, head ``h`` from column ``h * x.stride(1)``, whatever the strides.
+
+    A copy of ``block`` rows that passes the last token reads zeros there and writes nothing: it never reaches another head.
+    """
+    layout = gl.NVMMASharedLayout.get_default_for([block, x.shape[2]], GLUON_DTYPES[x.dtype])
+    return TensorDescriptor(x, [x.shape[0], _num_columns(x)], [x.stride(0), 1], [block, x.shape[2]], layout)
+
+
+def why_not(name: str, x: Tensor) -> str | None:
+    """Why the copy engine cannot take ``x``, in words for the user, or None if it can."""
+    if x.numel() == 0:
+        return None
+    if x.stride(2) != 1:
+        return f"{name}'s last axis must be contiguous, got strides {x.stride()}"
+    per_row = 16 // x.element_size()
+    if x.data_ptr() % 16 or any(x.stride(axis) % per_row for axis in (0, 1) if x.shape[axis] > 1):
+        return f"{name} must begin at, and have strides of, multiples of 16 bytes, got strides {x.stride()}"
+    if x.shape[0] > 1 and x.stride(0) == 0:
+        return f"{name}'s tokens must not be expanded, got strides {x.stride()}"
+    if _num_columns(x) > _MOST_COLUMNS:
+        return f"{name}'s heads must lie within 2**31 elements of one another, got strides {x.stride()}"
+    return None

@@ -1,0 +1,69 @@
+"""What each tile of a Hopper kernel walks: one segment a band, from its first key to its last, in whole blocks.
+
+    tile   /##########\\.      a block is masked unless it lies within [inner_begin, inner_end),
+           ./##########\\      which every query of the tile attends
+           k0 |inner| k1
+
+Walking a band's full width from ``k0`` takes the fewest blocks, and the pipeline is never drained between edges and inner part. The
+transpose (tiles of keys, blocks of queries) is the same with the roles swapped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from magi_attention.mask.bands import Ints, split_q
+
+NUM_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class SegmentList:
+    """Segments by tile.
+
+    ``order``: ``[num_tiles]`` int32 tiles, most work first. ``rows``: ``[num_tiles + 1]`` int32, where each tile's segments begin.
+    ``segments``: ``[n, 8]`` int32 ``(k0, k1, inner_begin, inner_end, lo, hi, q0, q1)``. Every tile has one: a tile that attends nothing has
+    one of no cells, so that kernels need no case for it.
+    """
+
+    order: Tensor
+    rows: Tensor
+    segments: Tensor
+
+    @property
+    def num_tiles(self) -> int:
+        return len(self.order)
+
+    def to(self, device: torch.device) -> SegmentList:
+        """The same on ``device``."""
+        return SegmentList(*(x.to(device, non_blocking=True) for x in (self.order, self.rows, self.segments)))
+
+
+def build_segments(bands: Ints, num_q: int, tile: int, block: int) -> SegmentList:
+    """The list of tiles of ``tile`` queries that step through keys by ``block``. ``bands``: ``[n, 6]``, tight."""
+    num_tiles = -(-num_q // tile)
+    starts = np.arange(num_tiles) * tile
+    ends = np.minimum(starts + tile, num_q)
+    pieces, _, at = split_q(bands, starts, ends)
+    q0, q1, k0, k1, lo, hi = pieces.T
+    whole = (q0 == starts[at]) & (q1 == ends[at])
+    inner_begin = np.maximum(k0, q1 - 1 + lo)
+    inner_end = np.where(whole, np.minimum(k1, q0 + hi + 1), inner_begin)
+    segments = np.stack([k0, k1, inner_begin, inner_end, lo, hi, q0, q1], axis=1)
+
+    work = np.zeros(num_tiles, np.int64)
+    np.add.at(work, at, -(-(k1 - k0) // block))
+    idle = np.flatnonzero(work == 0)
+    nothing = np.array([0, 1, 0, 0, 0, -1, 0, 0])
+    segments = np.concatenate([segments, np.broadcast_to(nothing, (len(idle), NUM_COLUMNS))])
+    at = np.concatenate([at, idle])
+    by_tile = np.argsort(at, kind="stable")
+    rows = np.searchsorted(at[by_tile], np.arange(num_tiles + 1))
+    order = np.argsort(-work, kind="stable")
+    return SegmentList(
+        *(torch.from_numpy(np.ascontiguousarray(x, np.int32)) for x in (order, rows, segments[by_tile]))
+    )
