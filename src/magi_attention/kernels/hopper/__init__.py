@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from magi_attention.kernels import triton as portable
-from magi_attention.kernels.hopper.configs import CONSUMER_ROWS, FORWARD_TILES, HEAD_DIMS, NUM_CONSUMERS
+from magi_attention.kernels.hopper.backward import backward_kernel
+from magi_attention.kernels.hopper.configs import BACKWARD_TILES, CONSUMER_ROWS, FORWARD_TILES, HEAD_DIMS, NUM_CONSUMERS
 from magi_attention.kernels.hopper.descriptors import describe_rows, why_not
 from magi_attention.kernels.hopper.forward import forward_kernel
 from magi_attention.kernels.hopper.segments import SegmentList, build_segments
+from magi_attention.kernels.hopper.statistics import statistics_by_head
 from magi_attention.kernels.interface import AttnSettings, KernelMask, Partial
 from magi_attention.kernels.partials import empty_partial
 from magi_attention.kernels.triton.configs import arch_of
@@ -111,4 +113,26 @@ def backward(
     grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend.backward`."""
-    return portable.backward(dout, q, k, v, lse, delta, mask, settings, dq=dq, grad_dtype=grad_dtype)
+    if settings.deterministic:
+        return portable.backward(dout, q, k, v, lse, delta, mask, settings, dq=dq, grad_dtype=grad_dtype)
+    grad_dtype = grad_dtype or torch.float32
+    (num_q, hq, d), (num_k, hk, _) = q.shape, k.shape
+    dk, dv = (torch.empty(x.shape, dtype=grad_dtype, device=x.device) for x in (k, v))
+    if not len(mask.bands) or not q.numel() or not k.numel():
+        return torch.zeros(q.shape, dtype=grad_dtype, device=q.device) if dq is None else dq, dk.zero_(), dv.zero_()
+    wide_dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if dq is None else dq
+    assert wide_dq.is_contiguous(), "accumulated gradients are made contiguous"
+    dout = dout.to(q.dtype)
+    dout = dout if why_not("dout", dout) is None else dout.contiguous()
+    tiles = BACKWARD_TILES[d]
+    d_lse, d_delta, length = statistics_by_head(lse.contiguous(), delta.contiguous(), tiles.block)
+    work = _segments(mask, CONSUMER_ROWS * NUM_CONSUMERS, tiles.block, q.device, by_key=True)
+    keys = CONSUMER_ROWS * NUM_CONSUMERS
+    backward_kernel[(work.num_tiles * hk,)](
+        describe_rows(q, tiles.block), describe_rows(k, keys), describe_rows(v, keys), describe_rows(dout, tiles.block),
+        d_lse, d_delta, describe_rows(wide_dq, CONSUMER_ROWS, d // 2 if tiles.block == CONSUMER_ROWS else d), dk, dv, work.order, work.rows, work.segments,
+        q.stride(1), k.stride(1), v.stride(1), dout.stride(1), length, num_k,
+        settings.softmax_scale, settings.softmax_scale * _LOG2E, hk, hq // hk,
+        D=d, BLOCK=tiles.block, STAGES=tiles.stages, LATE=tiles.late, REGISTERS=tiles.registers, num_warps=4,
+    )  # fmt: skip
+    return wide_dq.to(grad_dtype) if dq is None else dq, dk, dv

@@ -23,5 +23,19 @@ class ForwardTiles:
     registers: int = 240
 
 
+@dataclass(frozen=True)
+class BackwardTiles:
+    """``block`` queries a step, ``stages`` of them in shared memory; with ``late`` dv's product waits for the gradients of scores.
+
+    ``registers`` of a thread of a consumer.
+    """
+
+    block: int
+    stages: int
+    late: bool
+    registers: int = 240
+
+
 FORWARD_TILES = {64: ForwardTiles(128, 2, False), 128: ForwardTiles(128, 2, True)}
+BACKWARD_TILES = {64: BackwardTiles(64, 2, False), 128: BackwardTiles(64, 2, True)}
 HEAD_DIMS = tuple(FORWARD_TILES)

@@ -15,13 +15,15 @@ def _num_columns(x: Tensor) -> int:
     return (x.shape[1] - 1) * x.stride(1) + x.shape[2]
 
 
-def describe_rows(x: Tensor, block: int) -> TensorDescriptor:
+def describe_rows(x: Tensor, block: int, columns: int | None = None) -> TensorDescriptor:
     """``x`` ``[tokens, heads, head_dim]`` as a matrix: a row a token, head ``h`` from column ``h * x.stride(1)``, whatever the strides.
 
-    A copy of ``block`` rows that passes the last token reads zeros there and writes nothing: it never reaches another head.
+    Copies are of ``block`` rows by ``columns``, head_dim if left out. One that passes the last token reads zeros there and writes nothing:
+    it never reaches another head.
     """
-    layout = gl.NVMMASharedLayout.get_default_for([block, x.shape[2]], GLUON_DTYPES[x.dtype])
-    return TensorDescriptor(x, [x.shape[0], _num_columns(x)], [x.stride(0), 1], [block, x.shape[2]], layout)
+    tile = [block, columns or x.shape[2]]
+    layout = gl.NVMMASharedLayout.get_default_for(tile, GLUON_DTYPES[x.dtype])
+    return TensorDescriptor(x, [x.shape[0], _num_columns(x)], [x.stride(0), 1], tile, layout)
 
 
 def why_not(name: str, x: Tensor) -> str | None:

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from magi_attention.kernels.hopper.steps import load_segment, pick_item
+from magi_attention.kernels.hopper.steps import load_segment, mask_scores, pick_item
 
 
 @gluon.jit
@@ -55,17 +55,6 @@ def _produce(
                 mbarrier.expect(v_full.index(slot), d_v.block_type.nbytes)
                 tma.async_copy_global_to_shared(d_v, [k, kv_head * s_vh], v_full.index(slot), v_s.index(slot))
                 step += 1
-
-
-@gluon.jit
-def _mask(s, k, row, segment, BLOCK: gl.constexpr, layout: gl.constexpr):
-    """Scores ``[q, k]`` of a block that begins at ``k``, -inf where the segment has no cell."""
-    first = row + segment[4] - k
-    last = gl.minimum(row + segment[5], segment[1] - 1) - k
-    last = gl.where((row >= segment[6]) & (row < segment[7]), last, -1)
-    column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
-    cells = (column[None, :] >= first[:, None]) & (column[None, :] <= last[:, None])
-    return gl.where(cells, s, float("-inf"))
 
 
 @gluon.jit
@@ -111,7 +100,7 @@ def _consume(
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_free.index(slot), count=1)
         if (segment[0] < segment[2]) | (segment[0] + BLOCK > segment[3]):
-            s = _mask(s, segment[0], row, segment, BLOCK, scores)
+            s = mask_scores(s, segment[0], row, segment, BLOCK, scores)
         top = gl.full([ROWS], float("-inf"), gl.float32, layout=by_row)
         total = gl.full([ROWS], 0.0, gl.float32, layout=by_row)
         p, top, total, _first = _softmax(s, top, total, scale_log2)
@@ -138,7 +127,7 @@ def _consume(
                 s = warpgroup_mma_wait(1, deps=(s,))
                 mbarrier.arrive(k_free.index(slot), count=1)
                 if (k < segment[2]) | (k + BLOCK > segment[3]):
-                    s = _mask(s, k, row, segment, BLOCK, scores)
+                    s = mask_scores(s, k, row, segment, BLOCK, scores)
                 p, top, total, shrink = _softmax(s, top, total, scale_log2)
                 # ptxas would draw the wait for the product up before the softmax that should run under it, but not over a loop: this
                 # one, on a barrier that has been passed, ends at once.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 
 
 @gluon.jit
@@ -26,3 +28,24 @@ def load_segment(p_segments, at):
         gl.load(p), gl.load(p + 1), gl.load(p + 2), gl.load(p + 3),
         gl.load(p + 4), gl.load(p + 5), gl.load(p + 6), gl.load(p + 7),
     )  # fmt: skip
+
+
+@gluon.jit
+def mask_scores(s, start, row, segment, BLOCK: gl.constexpr, layout: gl.constexpr):
+    """Scores ``[rows, columns]`` of a block whose columns begin at ``start``, -inf where the segment has no cell."""
+    first = row + segment[4] - start
+    last = gl.minimum(row + segment[5], segment[1] - 1) - start
+    last = gl.where((row >= segment[6]) & (row < segment[7]), last, -1)
+    column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
+    cells = (column[None, :] >= first[:, None]) & (column[None, :] <= last[:, None])
+    return gl.where(cells, s, float("-inf"))
+
+
+@builtin
+def reduce_add(tensor_desc, coord, src, _semantic=None):
+    """Add a tile of shared memory to global memory by the copy engine; a store of `tma`, that `tma.store_wait` waits for.
+
+    Gluon of Triton 3.6 has no public name for it.
+    """
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)

@@ -1,0 +1,199 @@
+"""The fused backward: five products a block, dk and dv kept in registers, dq added up in global memory by the copy engine.
+
+A program owns (128 keys, kv head) and walks the blocks of queries that attend them, for each query head of the group. Scores are computed
+transposed, ``[k, q]``, so that probabilities and their gradients are the left sides of dv's and dk's products as they come; only
+dq's product needs them from shared memory. Blocks of dq are added in the order in which programs reach them: not deterministic.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from magi_attention.kernels.hopper.steps import load_segment, mask_scores, reduce_add
+
+
+@gluon.jit
+def _produce(
+    d_q, d_k, d_v, d_do, d_lse, d_delta, q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, q_free, do_full, do_free,
+    p_order, p_rows, p_segments, s_qh, s_kh, s_vh, s_doh, s_lse, num_kv_heads, group,
+    KEYS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    tile = gl.load(p_order + gl.program_id(0) // num_kv_heads)
+    kv_head = gl.program_id(0) % num_kv_heads
+    mbarrier.expect(kv_full, d_k.block_type.nbytes + d_v.block_type.nbytes)
+    tma.async_copy_global_to_shared(d_k, [tile * KEYS, kv_head * s_kh], kv_full, k_s)
+    tma.async_copy_global_to_shared(d_v, [tile * KEYS, kv_head * s_vh], kv_full, v_s)
+    step = 0
+    for member in range(group):
+        head = kv_head * group + member
+        for at in range(gl.load(p_rows + tile), gl.load(p_rows + tile + 1)):
+            begin = gl.load(p_segments + at * 8)
+            end = gl.load(p_segments + at * 8 + 1)
+            for m in range(begin, end, BLOCK):
+                slot = step % STAGES
+                free = ((step // STAGES) & 1) ^ 1
+                mbarrier.wait(q_free.index(slot), free)
+                mbarrier.expect(q_full.index(slot), d_q.block_type.nbytes + d_lse.block_type.nbytes)
+                tma.async_copy_global_to_shared(d_q, [m, head * s_qh], q_full.index(slot), q_s.index(slot))
+                tma.async_copy_global_to_shared(d_lse, [head * s_lse + m], q_full.index(slot), lse_s.index(slot))
+                mbarrier.wait(do_free.index(slot), free)
+                mbarrier.expect(do_full.index(slot), d_do.block_type.nbytes + d_delta.block_type.nbytes)
+                tma.async_copy_global_to_shared(d_do, [m, head * s_doh], do_full.index(slot), do_s.index(slot))
+                tma.async_copy_global_to_shared(d_delta, [head * s_lse + m], do_full.index(slot), delta_s.index(slot))
+                step += 1
+
+
+@gluon.jit
+def _consume(
+    INDEX: gl.constexpr, d_dq, p_dk, p_dv, q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, dq_s,
+    kv_full, q_full, q_free, do_full, do_free, ds_full, p_order, p_rows, p_segments, num_k, scale, scale_log2,
+    num_kv_heads, group, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr,
+):  # fmt: skip
+    ROWS: gl.constexpr = 64
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])  # [k, q]
+    by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # [k, d]
+    # A consumer computes its part of dq from all keys: half of the columns of 64 queries, or 64 of 128 queries.
+    COLUMNS: gl.constexpr = D // 2 if BLOCK == ROWS else D
+    by_query: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])  # [q, d]
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=by_key, k_width=2)
+    of_query: gl.constexpr = gl.SliceLayout(0, scores)
+    tile = gl.load(p_order + gl.program_id(0) // num_kv_heads)
+    kv_head = gl.program_id(0) % num_kv_heads
+    row = (tile * 2 + INDEX) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, scores))
+    # Keys behind the last are zeros: their scores would be 0, and exp(0 - lse) may be infinite.
+    ragged = (tile + 1) * 2 * ROWS > num_k
+    k = k_s.slice(INDEX * ROWS, ROWS, dim=0)
+    v = v_s.slice(INDEX * ROWS, ROWS, dim=0)
+    dk = gl.zeros([ROWS, D], gl.float32, layout=by_key)
+    dv = gl.zeros([ROWS, D], gl.float32, layout=by_key)
+    zero = gl.zeros([ROWS, BLOCK], gl.float32, layout=scores)
+    zero_dq = gl.zeros([ROWS, COLUMNS], gl.float32, layout=by_query)
+    mbarrier.wait(kv_full, 0)
+    step = 0
+    for member in range(group):
+        head = kv_head * group + member
+        for at in range(gl.load(p_rows + tile), gl.load(p_rows + tile + 1)):
+            p_segment = p_segments + at * 8
+            inner_begin = gl.load(p_segment + 2)
+            inner_end = gl.where(ragged, inner_begin, gl.load(p_segment + 3))
+            for m in range(gl.load(p_segment), gl.load(p_segment + 1), BLOCK):
+                slot = step % STAGES
+                parity = (step // STAGES) & 1
+                q = q_s.index(slot)
+                do = do_s.index(slot)
+                mbarrier.wait(q_full.index(slot), parity)
+                s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+                mbarrier.wait(do_full.index(slot), parity)
+                dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(1, deps=(s,))
+                if (m < inner_begin) | (m + BLOCK > inner_end):
+                    # Loaded here and not before the loop, where registers are short.
+                    s = mask_scores(s, m, row, load_segment(p_segments, at), BLOCK, scores)
+                p = gl.exp2(s * scale_log2 - lse_s.index(slot).load(of_query)[None, :])
+                if not LATE:
+                    dv = warpgroup_mma(gl.convert_layout(p.to(q_s.dtype), left), do, dv, is_async=True)
+                    dp = warpgroup_mma_wait(1, deps=(dp,))
+                else:
+                    mbarrier.wait(do_full.index(slot), parity)
+                    dp, p = warpgroup_mma_wait(0, deps=(dp, p))
+                ds = (p * (dp - delta_s.index(slot).load(of_query)[None, :])).to(q_s.dtype)
+                if LATE:
+                    dv = warpgroup_mma(gl.convert_layout(p.to(q_s.dtype), left), do, dv, is_async=True)
+                shared = ds_s.index(step % 2)
+                shared.slice(INDEX * ROWS, ROWS, dim=0).store(ds)
+                fence_async_shared()
+                # Also: the tile of dq that is written below was read, for all threads behind the barrier.
+                tma.store_wait(1)
+                gl.thread_barrier()
+                mbarrier.arrive(ds_full.index(step % 2), count=1)
+                mbarrier.wait(ds_full.index(step % 2), (step // 2) & 1)
+                if BLOCK == ROWS:
+                    dq = warpgroup_mma(
+                        shared.permute((1, 0)), k_s.slice(INDEX * COLUMNS, COLUMNS, dim=1), zero_dq, use_acc=False, is_async=True
+                    )
+                else:
+                    dq = warpgroup_mma(
+                        shared.slice(INDEX * ROWS, ROWS, dim=1).permute((1, 0)), k_s, zero_dq, use_acc=False, is_async=True
+                    )
+                dk = warpgroup_mma(gl.convert_layout(ds, left), q, dk, is_async=True)
+                dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
+                mbarrier.arrive(do_free.index(slot), count=1)
+                staged = dq_s.index(INDEX * 2 + step % 2)
+                staged.store(dq * scale)
+                fence_async_shared()
+                gl.thread_barrier()
+                if BLOCK == ROWS:
+                    reduce_add(d_dq, [m, head * D + INDEX * COLUMNS], staged)
+                else:
+                    reduce_add(d_dq, [m + INDEX * ROWS, head * D], staged)
+                dk = warpgroup_mma_wait(0, deps=(dk,))
+                mbarrier.arrive(q_free.index(slot), count=1)
+                step += 1
+    o_row = (tile * 2 + INDEX) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, by_key))
+    column = gl.arange(0, D, layout=gl.SliceLayout(0, by_key))
+    o_rows = ((o_row.to(gl.int64) * num_kv_heads + kv_head) * D)[:, None] + column[None, :]
+    m_rows = (o_row < num_k)[:, None] & (column < D)[None, :]
+    gl.store(p_dk + o_rows, (dk * scale).to(p_dk.dtype.element_ty), mask=m_rows)
+    gl.store(p_dv + o_rows, dv.to(p_dv.dtype.element_ty), mask=m_rows)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["s_qh", "s_kh", "s_vh", "s_doh", "s_lse", "num_k", "num_kv_heads", "group"])
+def backward_kernel(
+    d_q, d_k, d_v, d_do, d_lse, d_delta, d_dq, p_dk, p_dv, p_order, p_rows, p_segments,
+    s_qh, s_kh, s_vh, s_doh, s_lse, num_k, scale, scale_log2, num_kv_heads, group,
+    D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    KEYS: gl.constexpr = 128
+    k_s = gl.allocate_shared_memory(d_k.dtype, [KEYS, D], d_k.layout)
+    v_s = gl.allocate_shared_memory(d_v.dtype, [KEYS, D], d_v.layout)
+    q_s = gl.allocate_shared_memory(d_q.dtype, [STAGES, BLOCK, D], d_q.layout)
+    do_s = gl.allocate_shared_memory(d_do.dtype, [STAGES, BLOCK, D], d_do.layout)
+    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], d_lse.layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], d_delta.layout)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK], d_q.dtype)
+    ds_s = gl.allocate_shared_memory(d_q.dtype, [2, KEYS, BLOCK], ds_layout)
+    dq_s = gl.allocate_shared_memory(gl.float32, [4, 64, d_dq.block_type.shape[1]], d_dq.layout)
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    do_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(kv_full, count=1)
+    for b in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(b), count=1)
+        mbarrier.init(q_free.index(b), count=2)
+        mbarrier.init(do_full.index(b), count=1)
+        mbarrier.init(do_free.index(b), count=2)
+    for b in gl.static_range(2):
+        mbarrier.init(ds_full.index(b), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consume, (
+                0, d_dq, p_dk, p_dv, q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, dq_s,
+                kv_full, q_full, q_free, do_full, do_free, ds_full, p_order, p_rows, p_segments, num_k, scale, scale_log2,
+                num_kv_heads, group, BLOCK, D, STAGES, LATE,
+            )),
+            (_consume, (
+                1, d_dq, p_dk, p_dv, q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, dq_s,
+                kv_full, q_full, q_free, do_full, do_free, ds_full, p_order, p_rows, p_segments, num_k, scale, scale_log2,
+                num_kv_heads, group, BLOCK, D, STAGES, LATE,
+            )),
+            (_produce, (
+                d_q, d_k, d_v, d_do, d_lse, d_delta, q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, q_free, do_full, do_free,
+                p_order, p_rows, p_segments, s_qh, s_kh, s_vh, s_doh, s_lse, num_kv_heads, group, KEYS, BLOCK, STAGES,
+            )),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
