@@ -133,6 +133,6 @@ def backward(
         d_lse, d_delta, describe_rows(wide_dq, CONSUMER_ROWS, d // 2 if tiles.block == CONSUMER_ROWS else d), dk, dv, work.order, work.rows, work.segments,
         q.stride(1), k.stride(1), v.stride(1), dout.stride(1), length, num_k,
         settings.softmax_scale, settings.softmax_scale * _LOG2E, hk, hq // hk,
-        D=d, BLOCK=tiles.block, STAGES=tiles.stages, LATE=tiles.late, REGISTERS=tiles.registers, num_warps=4,
+        D=d, BLOCK=tiles.block, STAGES=tiles.stages, PIN=tiles.pin, SHIFT=tiles.shift, REGISTERS=tiles.registers, num_warps=4,
     )  # fmt: skip
     return wide_dq.to(grad_dtype) if dq is None else dq, dk, dv

@@ -17,12 +17,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from magi_attention.kernels.hopper.steps import load_segment, mask_scores, reduce_add
+from magi_attention.kernels.hopper.steps import load_segment, mask_scores, pin, reduce_add
 
 
 @gluon.jit
 def _produce(
-    d_q, d_k, d_v, d_do, d_lse, d_delta, q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, q_free, do_full, do_free,
+    d_q, d_k, d_v, d_do, d_lse, d_delta, q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, do_full, free,
     p_order, p_rows, p_segments, s_qh, s_kh, s_vh, s_doh, s_lse, num_kv_heads, group,
     KEYS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -39,12 +39,10 @@ def _produce(
             end = gl.load(p_segments + at * 8 + 1)
             for m in range(begin, end, BLOCK):
                 slot = step % STAGES
-                free = ((step // STAGES) & 1) ^ 1
-                mbarrier.wait(q_free.index(slot), free)
+                mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)
                 mbarrier.expect(q_full.index(slot), d_q.block_type.nbytes + d_lse.block_type.nbytes)
                 tma.async_copy_global_to_shared(d_q, [m, head * s_qh], q_full.index(slot), q_s.index(slot))
                 tma.async_copy_global_to_shared(d_lse, [head * s_lse + m], q_full.index(slot), lse_s.index(slot))
-                mbarrier.wait(do_free.index(slot), free)
                 mbarrier.expect(do_full.index(slot), d_do.block_type.nbytes + d_delta.block_type.nbytes)
                 tma.async_copy_global_to_shared(d_do, [m, head * s_doh], do_full.index(slot), do_s.index(slot))
                 tma.async_copy_global_to_shared(d_delta, [head * s_lse + m], do_full.index(slot), delta_s.index(slot))
@@ -52,10 +50,30 @@ def _produce(
 
 
 @gluon.jit
+def _multiply_dq(INDEX: gl.constexpr, ds, k_s, zero, BLOCK: gl.constexpr):
+    """A consumer's part of dq ``[64, columns]``, under way, from all keys: half of the columns of 64 queries, or 64 of 128 queries."""
+    if BLOCK == 64:
+        COLUMNS: gl.constexpr = zero.type.shape[1]
+        return warpgroup_mma(
+            ds.permute((1, 0)), k_s.slice(INDEX * COLUMNS, COLUMNS, dim=1), zero, use_acc=False, is_async=True
+        )
+    else:
+        return warpgroup_mma(ds.slice(INDEX * 64, 64, dim=1).permute((1, 0)), k_s, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _add_dq(INDEX: gl.constexpr, d_dq, staged, m, column, BLOCK: gl.constexpr):
+    if BLOCK == 64:
+        reduce_add(d_dq, [m, column + INDEX * d_dq.block_type.shape[1]], staged)
+    else:
+        reduce_add(d_dq, [m + INDEX * 64, column], staged)
+
+
+@gluon.jit
 def _consume(
     INDEX: gl.constexpr, d_dq, p_dk, p_dv, q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, dq_s,
-    kv_full, q_full, q_free, do_full, do_free, ds_full, p_order, p_rows, p_segments, num_k, scale, scale_log2,
-    num_kv_heads, group, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr,
+    kv_full, q_full, do_full, free, ds_full, first, p_order, p_rows, p_segments, num_k, scale, scale_log2,
+    num_kv_heads, group, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PIN: gl.constexpr, SHIFT: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = 64
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])  # [k, q]
@@ -77,7 +95,12 @@ def _consume(
     zero = gl.zeros([ROWS, BLOCK], gl.float32, layout=scores)
     zero_dq = gl.zeros([ROWS, COLUMNS], gl.float32, layout=by_query)
     mbarrier.wait(kv_full, 0)
+    if SHIFT:
+        if INDEX == 1:
+            mbarrier.wait(first, 0)
     step = 0
+    last_m = 0
+    last_head = 0
     for member in range(group):
         head = kv_head * group + member
         for at in range(gl.load(p_rows + tile), gl.load(p_rows + tile + 1)):
@@ -98,45 +121,44 @@ def _consume(
                     # Loaded here and not before the loop, where registers are short.
                     s = mask_scores(s, m, row, load_segment(p_segments, at), BLOCK, scores)
                 p = gl.exp2(s * scale_log2 - lse_s.index(slot).load(of_query)[None, :])
-                if not LATE:
-                    dv = warpgroup_mma(gl.convert_layout(p.to(q_s.dtype), left), do, dv, is_async=True)
-                    dp = warpgroup_mma_wait(1, deps=(dp,))
-                else:
-                    mbarrier.wait(do_full.index(slot), parity)
-                    dp, p = warpgroup_mma_wait(0, deps=(dp, p))
+                b_p = p.to(q_s.dtype)
+                if PIN:
+                    b_p = pin(b_p)
+                dp, p = warpgroup_mma_wait(0, deps=(dp, p))
                 ds = (p * (dp - delta_s.index(slot).load(of_query)[None, :])).to(q_s.dtype)
-                if LATE:
-                    dv = warpgroup_mma(gl.convert_layout(p.to(q_s.dtype), left), do, dv, is_async=True)
-                shared = ds_s.index(step % 2)
-                shared.slice(INDEX * ROWS, ROWS, dim=0).store(ds)
-                fence_async_shared()
-                # Also: the tile of dq that is written below was read, for all threads behind the barrier.
-                tma.store_wait(1)
-                gl.thread_barrier()
-                mbarrier.arrive(ds_full.index(step % 2), count=1)
-                mbarrier.wait(ds_full.index(step % 2), (step // 2) & 1)
-                if BLOCK == ROWS:
-                    dq = warpgroup_mma(
-                        shared.permute((1, 0)), k_s.slice(INDEX * COLUMNS, COLUMNS, dim=1), zero_dq, use_acc=False, is_async=True
-                    )
-                else:
-                    dq = warpgroup_mma(
-                        shared.slice(INDEX * ROWS, ROWS, dim=1).permute((1, 0)), k_s, zero_dq, use_acc=False, is_async=True
-                    )
+
+                # dq of the step before, so that neither consumer waits for the other's half of this one's.
+                mbarrier.wait(ds_full.index((step + 1) % 2), ((step - 1) // 2) & 1, pred=step > 0)
+                dq = _multiply_dq(INDEX, ds_s.index((step + 1) % 2), k_s, zero_dq, BLOCK)
+                dv = warpgroup_mma(gl.convert_layout(b_p, left), do, dv, is_async=True)
                 dk = warpgroup_mma(gl.convert_layout(ds, left), q, dk, is_async=True)
-                dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
-                mbarrier.arrive(do_free.index(slot), count=1)
+                if SHIFT:
+                    if INDEX == 0:
+                        mbarrier.arrive(first, count=1, pred=step == 0)
+                ds_s.index(step % 2).slice(INDEX * ROWS, ROWS, dim=0).store(ds)
+                dq = warpgroup_mma_wait(2, deps=(dq,))
                 staged = dq_s.index(INDEX * 2 + step % 2)
                 staged.store(dq * scale)
                 fence_async_shared()
+                # The other tile of dq was read, for all threads behind the barrier: the next step may write it.
+                tma.store_wait(0)
                 gl.thread_barrier()
-                if BLOCK == ROWS:
-                    reduce_add(d_dq, [m, head * D + INDEX * COLUMNS], staged)
-                else:
-                    reduce_add(d_dq, [m + INDEX * ROWS, head * D], staged)
-                dk = warpgroup_mma_wait(0, deps=(dk,))
-                mbarrier.arrive(q_free.index(slot), count=1)
+                mbarrier.arrive(ds_full.index(step % 2), count=1)
+                if step > 0:
+                    _add_dq(INDEX, d_dq, staged, last_m, last_head * D, BLOCK)
+                dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+                mbarrier.arrive(free.index(slot), count=1)
+                last_m = m
+                last_head = head
                 step += 1
+    mbarrier.wait(ds_full.index((step + 1) % 2), ((step - 1) // 2) & 1)
+    dq = _multiply_dq(INDEX, ds_s.index((step + 1) % 2), k_s, zero_dq, BLOCK)
+    dq = warpgroup_mma_wait(0, deps=(dq,))
+    staged = dq_s.index(INDEX * 2 + step % 2)
+    staged.store(dq * scale)
+    fence_async_shared()
+    gl.thread_barrier()
+    _add_dq(INDEX, d_dq, staged, last_m, last_head * D, BLOCK)
     o_row = (tile * 2 + INDEX) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, by_key))
     column = gl.arange(0, D, layout=gl.SliceLayout(0, by_key))
     o_rows = ((o_row.to(gl.int64) * num_kv_heads + kv_head) * D)[:, None] + column[None, :]
@@ -150,7 +172,7 @@ def _consume(
 def backward_kernel(
     d_q, d_k, d_v, d_do, d_lse, d_delta, d_dq, p_dk, p_dv, p_order, p_rows, p_segments,
     s_qh, s_kh, s_vh, s_doh, s_lse, num_k, scale, scale_log2, num_kv_heads, group,
-    D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr, REGISTERS: gl.constexpr,
+    D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, PIN: gl.constexpr, SHIFT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     KEYS: gl.constexpr = 128
     k_s = gl.allocate_shared_memory(d_k.dtype, [KEYS, D], d_k.layout)
@@ -164,16 +186,16 @@ def backward_kernel(
     dq_s = gl.allocate_shared_memory(gl.float32, [4, 64, d_dq.block_type.shape[1]], d_dq.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    do_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    first = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
+    mbarrier.init(first, count=1)
     for b in gl.static_range(STAGES):
         mbarrier.init(q_full.index(b), count=1)
-        mbarrier.init(q_free.index(b), count=2)
         mbarrier.init(do_full.index(b), count=1)
-        mbarrier.init(do_free.index(b), count=2)
+        mbarrier.init(free.index(b), count=2)
     for b in gl.static_range(2):
         mbarrier.init(ds_full.index(b), count=2)
     fence_async_shared()
@@ -181,16 +203,16 @@ def backward_kernel(
         [
             (_consume, (
                 0, d_dq, p_dk, p_dv, q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, dq_s,
-                kv_full, q_full, q_free, do_full, do_free, ds_full, p_order, p_rows, p_segments, num_k, scale, scale_log2,
-                num_kv_heads, group, BLOCK, D, STAGES, LATE,
+                kv_full, q_full, do_full, free, ds_full, first, p_order, p_rows, p_segments, num_k, scale, scale_log2,
+                num_kv_heads, group, BLOCK, D, STAGES, PIN, SHIFT,
             )),
             (_consume, (
                 1, d_dq, p_dk, p_dv, q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, dq_s,
-                kv_full, q_full, q_free, do_full, do_free, ds_full, p_order, p_rows, p_segments, num_k, scale, scale_log2,
-                num_kv_heads, group, BLOCK, D, STAGES, LATE,
+                kv_full, q_full, do_full, free, ds_full, first, p_order, p_rows, p_segments, num_k, scale, scale_log2,
+                num_kv_heads, group, BLOCK, D, STAGES, PIN, SHIFT,
             )),
             (_produce, (
-                d_q, d_k, d_v, d_do, d_lse, d_delta, q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, q_free, do_full, do_free,
+                d_q, d_k, d_v, d_do, d_lse, d_delta, q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, do_full, free,
                 p_order, p_rows, p_segments, s_qh, s_kh, s_vh, s_doh, s_lse, num_kv_heads, group, KEYS, BLOCK, STAGES,
             )),
         ],

@@ -25,17 +25,15 @@ class ForwardTiles:
 
 @dataclass(frozen=True)
 class BackwardTiles:
-    """``block`` queries a step, ``stages`` of them in shared memory; with ``late`` dv's product waits for the gradients of scores.
-
-    ``registers`` of a thread of a consumer.
-    """
+    """``block`` queries a step, ``stages`` of them in shared memory; ``registers`` of a thread of a consumer."""
 
     block: int
     stages: int
-    late: bool
     registers: int = 240
+    pin: bool = False
+    shift: bool = False
 
 
 FORWARD_TILES = {64: ForwardTiles(128, 2, False), 128: ForwardTiles(128, 2, True)}
-BACKWARD_TILES = {64: BackwardTiles(64, 2, False), 128: BackwardTiles(64, 2, True)}
+BACKWARD_TILES = {64: BackwardTiles(64, 2), 128: BackwardTiles(64, 2)}
 HEAD_DIMS = tuple(FORWARD_TILES)

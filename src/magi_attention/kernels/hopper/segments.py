@@ -26,12 +26,14 @@ class SegmentList:
     """Segments by tile.
 
     ``order``: ``[num_tiles]`` int32 tiles, most work first. ``rows``: ``[num_tiles + 1]`` int32, where each tile's segments begin.
+    ``blocks``: ``[num_tiles]`` int32, how many blocks each tile's segments have.
     ``segments``: ``[n, 8]`` int32 ``(k0, k1, inner_begin, inner_end, lo, hi, q0, q1)``. Every tile has one: a tile that attends nothing has
     one of no cells, so that kernels need no case for it.
     """
 
     order: Tensor
     rows: Tensor
+    blocks: Tensor
     segments: Tensor
 
     @property
@@ -40,7 +42,7 @@ class SegmentList:
 
     def to(self, device: torch.device) -> SegmentList:
         """The same on ``device``."""
-        return SegmentList(*(x.to(device, non_blocking=True) for x in (self.order, self.rows, self.segments)))
+        return SegmentList(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
 
 
 def build_segments(bands: Ints, num_q: int, tile: int, block: int) -> SegmentList:
@@ -65,5 +67,5 @@ def build_segments(bands: Ints, num_q: int, tile: int, block: int) -> SegmentLis
     rows = np.searchsorted(at[by_tile], np.arange(num_tiles + 1))
     order = np.argsort(-work, kind="stable")
     return SegmentList(
-        *(torch.from_numpy(np.ascontiguousarray(x, np.int32)) for x in (order, rows, segments[by_tile]))
+        *(torch.from_numpy(np.ascontiguousarray(x, np.int32)) for x in (order, rows, np.maximum(work, 1), segments[by_tile]))
     )

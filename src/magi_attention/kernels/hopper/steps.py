@@ -49,3 +49,13 @@ def reduce_add(tensor_desc, coord, src, _semantic=None):
     """
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def pin(x):
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred f; .reg .b32 t, z; or.b32 t, $8, $9; or.b32 t, t, $10; or.b32 t, t, $11; or.b32 t, t, $12; or.b32 t, t, $13; or.b32 t, t, $14; or.b32 t, t, $15; "
+        "setp.eq.u32 f, t, 0xffff7fff; mov.u32 z, 0; @f st.volatile.shared.b32 [z], t; "
+        "mov.b32 $0, $8; mov.b32 $1, $9; mov.b32 $2, $10; mov.b32 $3, $11; mov.b32 $4, $12; mov.b32 $5, $13; mov.b32 $6, $14; mov.b32 $7, $15; }",
+        "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r", [x], dtype=x.dtype, is_pure=False, pack=16,
+    )
