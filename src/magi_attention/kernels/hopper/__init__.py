@@ -26,6 +26,7 @@ from magi_attention.kernels.triton.work_lists import transpose
 name = "hopper"
 
 _DTYPES = (torch.bfloat16, torch.float16)
+FORWARD_AT_ONCE, BACKWARD_AT_ONCE = 64, 8
 _LOG2E = 1.4426950408889634
 
 
@@ -86,7 +87,7 @@ def forward(
     forward_kernel[(min(num_items, _num_programs(q.device)),)](
         describe_rows(q, CONSUMER_ROWS), describe_rows(k, tiles.block), describe_rows(v, tiles.block),
         describe_rows(out, CONSUMER_ROWS) if by_copy else out, lse, tops, work.order, work.rows, work.segments,
-        q.stride(1), k.stride(1), v.stride(1), num_q, settings.softmax_scale * _LOG2E, num_items, hq, hq // hk,
+        q.stride(1), k.stride(1), v.stride(1), num_q, settings.softmax_scale * _LOG2E, num_items, hq, FORWARD_AT_ONCE, hq // hk,
         D=d, BLOCK=tiles.block, STAGES=tiles.stages, CONSUMERS=NUM_CONSUMERS, TMA_OUT=by_copy, MERGE=into is not None,
         RAW=raw, TURNS=tiles.turns, REGISTERS=tiles.registers, num_warps=4,
     )  # fmt: skip
@@ -132,7 +133,7 @@ def backward(
         describe_rows(q, tiles.block), describe_rows(k, keys), describe_rows(v, keys), describe_rows(dout, tiles.block),
         d_lse, d_delta, describe_rows(wide_dq, CONSUMER_ROWS, d // 2 if tiles.block == CONSUMER_ROWS else d), dk, dv, work.order, work.rows, work.segments,
         q.stride(1), k.stride(1), v.stride(1), dout.stride(1), length, num_k,
-        settings.softmax_scale, settings.softmax_scale * _LOG2E, hk, hq // hk,
-        D=d, BLOCK=tiles.block, STAGES=tiles.stages, PIN=tiles.pin, SHIFT=tiles.shift, REGISTERS=tiles.registers, num_warps=4,
+        settings.softmax_scale, settings.softmax_scale * _LOG2E, hk, BACKWARD_AT_ONCE, hq // hk,
+        D=d, BLOCK=tiles.block, STAGES=tiles.stages, REGISTERS=tiles.registers, num_warps=4,
     )  # fmt: skip
     return wide_dq.to(grad_dtype) if dq is None else dq, dk, dv

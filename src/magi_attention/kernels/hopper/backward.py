@@ -17,20 +17,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from magi_attention.kernels.hopper.steps import load_segment, mask_scores, pin, reduce_add
+from magi_attention.kernels.hopper.steps import load_segment, locate, mask_scores, reduce_add
 
 
 @gluon.jit
 def _produce(
     d_q, d_k, d_v, d_do, d_lse, d_delta, q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, do_full, free,
-    p_order, p_rows, p_segments, s_qh, s_kh, s_vh, s_doh, s_lse, num_kv_heads, group,
+    p_order, p_rows, p_segments, s_qh, s_kh, s_vh, s_doh, s_lse, num_kv_heads, at_once, group,
     KEYS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    tile = gl.load(p_order + gl.program_id(0) // num_kv_heads)
-    kv_head = gl.program_id(0) % num_kv_heads
+    rank, kv_head = locate(gl.program_id(0), gl.num_programs(0) // num_kv_heads, num_kv_heads, at_once)
+    tile = gl.load(p_order + rank)
     mbarrier.expect(kv_full, d_k.block_type.nbytes + d_v.block_type.nbytes)
-    tma.async_copy_global_to_shared(d_k, [tile * KEYS, kv_head * s_kh], kv_full, k_s)
-    tma.async_copy_global_to_shared(d_v, [tile * KEYS, kv_head * s_vh], kv_full, v_s)
+    tma.async_copy_global_to_shared(d_k, [tile * KEYS, kv_head * s_kh], kv_full, k_s.index(0))
+    tma.async_copy_global_to_shared(d_v, [tile * KEYS, kv_head * s_vh], kv_full, v_s.index(0))
     step = 0
     for member in range(group):
         head = kv_head * group + member
@@ -72,8 +72,8 @@ def _add_dq(INDEX: gl.constexpr, d_dq, staged, m, column, BLOCK: gl.constexpr):
 @gluon.jit
 def _consume(
     INDEX: gl.constexpr, d_dq, p_dk, p_dv, q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, dq_s,
-    kv_full, q_full, do_full, free, ds_full, first, p_order, p_rows, p_segments, num_k, scale, scale_log2,
-    num_kv_heads, group, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PIN: gl.constexpr, SHIFT: gl.constexpr,
+    kv_full, q_full, do_full, free, ds_full, p_order, p_rows, p_segments, num_k, scale, scale_log2,
+    num_kv_heads, at_once, group, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = 64
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])  # [k, q]
@@ -83,21 +83,16 @@ def _consume(
     by_query: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])  # [q, d]
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=by_key, k_width=2)
     of_query: gl.constexpr = gl.SliceLayout(0, scores)
-    tile = gl.load(p_order + gl.program_id(0) // num_kv_heads)
-    kv_head = gl.program_id(0) % num_kv_heads
+    rank, kv_head = locate(gl.program_id(0), gl.num_programs(0) // num_kv_heads, num_kv_heads, at_once)
+    tile = gl.load(p_order + rank)
     row = (tile * 2 + INDEX) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, scores))
     # Keys behind the last are zeros: their scores would be 0, and exp(0 - lse) may be infinite.
     ragged = (tile + 1) * 2 * ROWS > num_k
-    k = k_s.slice(INDEX * ROWS, ROWS, dim=0)
-    v = v_s.slice(INDEX * ROWS, ROWS, dim=0)
     dk = gl.zeros([ROWS, D], gl.float32, layout=by_key)
     dv = gl.zeros([ROWS, D], gl.float32, layout=by_key)
     zero = gl.zeros([ROWS, BLOCK], gl.float32, layout=scores)
     zero_dq = gl.zeros([ROWS, COLUMNS], gl.float32, layout=by_query)
     mbarrier.wait(kv_full, 0)
-    if SHIFT:
-        if INDEX == 1:
-            mbarrier.wait(first, 0)
     step = 0
     last_m = 0
     last_head = 0
@@ -112,6 +107,10 @@ def _consume(
                 parity = (step // STAGES) & 1
                 q = q_s.index(slot)
                 do = do_s.index(slot)
+                # Always 0, but not to the compiler: it would compute each operand's address before the loop, and spill them.
+                keys = step >> 30
+                k = k_s.index(keys).slice(INDEX * ROWS, ROWS, dim=0)
+                v = v_s.index(keys).slice(INDEX * ROWS, ROWS, dim=0)
                 mbarrier.wait(q_full.index(slot), parity)
                 s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
                 mbarrier.wait(do_full.index(slot), parity)
@@ -122,19 +121,14 @@ def _consume(
                     s = mask_scores(s, m, row, load_segment(p_segments, at), BLOCK, scores)
                 p = gl.exp2(s * scale_log2 - lse_s.index(slot).load(of_query)[None, :])
                 b_p = p.to(q_s.dtype)
-                if PIN:
-                    b_p = pin(b_p)
                 dp, p = warpgroup_mma_wait(0, deps=(dp, p))
                 ds = (p * (dp - delta_s.index(slot).load(of_query)[None, :])).to(q_s.dtype)
 
                 # dq of the step before, so that neither consumer waits for the other's half of this one's.
                 mbarrier.wait(ds_full.index((step + 1) % 2), ((step - 1) // 2) & 1, pred=step > 0)
-                dq = _multiply_dq(INDEX, ds_s.index((step + 1) % 2), k_s, zero_dq, BLOCK)
+                dq = _multiply_dq(INDEX, ds_s.index((step + 1) % 2), k_s.index(keys), zero_dq, BLOCK)
                 dv = warpgroup_mma(gl.convert_layout(b_p, left), do, dv, is_async=True)
                 dk = warpgroup_mma(gl.convert_layout(ds, left), q, dk, is_async=True)
-                if SHIFT:
-                    if INDEX == 0:
-                        mbarrier.arrive(first, count=1, pred=step == 0)
                 ds_s.index(step % 2).slice(INDEX * ROWS, ROWS, dim=0).store(ds)
                 dq = warpgroup_mma_wait(2, deps=(dq,))
                 staged = dq_s.index(INDEX * 2 + step % 2)
@@ -152,7 +146,7 @@ def _consume(
                 last_head = head
                 step += 1
     mbarrier.wait(ds_full.index((step + 1) % 2), ((step - 1) // 2) & 1)
-    dq = _multiply_dq(INDEX, ds_s.index((step + 1) % 2), k_s, zero_dq, BLOCK)
+    dq = _multiply_dq(INDEX, ds_s.index((step + 1) % 2), k_s.index(step >> 30), zero_dq, BLOCK)
     dq = warpgroup_mma_wait(0, deps=(dq,))
     staged = dq_s.index(INDEX * 2 + step % 2)
     staged.store(dq * scale)
@@ -168,15 +162,15 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["s_qh", "s_kh", "s_vh", "s_doh", "s_lse", "num_k", "num_kv_heads", "group"])
+@gluon.jit(do_not_specialize=["s_qh", "s_kh", "s_vh", "s_doh", "s_lse", "num_k", "num_kv_heads", "at_once", "group"])
 def backward_kernel(
     d_q, d_k, d_v, d_do, d_lse, d_delta, d_dq, p_dk, p_dv, p_order, p_rows, p_segments,
-    s_qh, s_kh, s_vh, s_doh, s_lse, num_k, scale, scale_log2, num_kv_heads, group,
-    D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, PIN: gl.constexpr, SHIFT: gl.constexpr, REGISTERS: gl.constexpr,
+    s_qh, s_kh, s_vh, s_doh, s_lse, num_k, scale, scale_log2, num_kv_heads, at_once, group,
+    D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     KEYS: gl.constexpr = 128
-    k_s = gl.allocate_shared_memory(d_k.dtype, [KEYS, D], d_k.layout)
-    v_s = gl.allocate_shared_memory(d_v.dtype, [KEYS, D], d_v.layout)
+    k_s = gl.allocate_shared_memory(d_k.dtype, [1, KEYS, D], d_k.layout)
+    v_s = gl.allocate_shared_memory(d_v.dtype, [1, KEYS, D], d_v.layout)
     q_s = gl.allocate_shared_memory(d_q.dtype, [STAGES, BLOCK, D], d_q.layout)
     do_s = gl.allocate_shared_memory(d_do.dtype, [STAGES, BLOCK, D], d_do.layout)
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], d_lse.layout)
@@ -189,9 +183,7 @@ def backward_kernel(
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    first = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
-    mbarrier.init(first, count=1)
     for b in gl.static_range(STAGES):
         mbarrier.init(q_full.index(b), count=1)
         mbarrier.init(do_full.index(b), count=1)
@@ -201,21 +193,21 @@ def backward_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
+            (_produce, (
+                d_q, d_k, d_v, d_do, d_lse, d_delta, q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, do_full, free,
+                p_order, p_rows, p_segments, s_qh, s_kh, s_vh, s_doh, s_lse, num_kv_heads, at_once, group, KEYS, BLOCK, STAGES,
+            )),
             (_consume, (
                 0, d_dq, p_dk, p_dv, q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, dq_s,
-                kv_full, q_full, do_full, free, ds_full, first, p_order, p_rows, p_segments, num_k, scale, scale_log2,
-                num_kv_heads, group, BLOCK, D, STAGES, PIN, SHIFT,
+                kv_full, q_full, do_full, free, ds_full, p_order, p_rows, p_segments, num_k, scale, scale_log2,
+                num_kv_heads, at_once, group, BLOCK, D, STAGES,
             )),
             (_consume, (
                 1, d_dq, p_dk, p_dv, q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, dq_s,
-                kv_full, q_full, do_full, free, ds_full, first, p_order, p_rows, p_segments, num_k, scale, scale_log2,
-                num_kv_heads, group, BLOCK, D, STAGES, PIN, SHIFT,
-            )),
-            (_produce, (
-                d_q, d_k, d_v, d_do, d_lse, d_delta, q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, do_full, free,
-                p_order, p_rows, p_segments, s_qh, s_kh, s_vh, s_doh, s_lse, num_kv_heads, group, KEYS, BLOCK, STAGES,
+                kv_full, q_full, do_full, free, ds_full, p_order, p_rows, p_segments, num_k, scale, scale_log2,
+                num_kv_heads, at_once, group, BLOCK, D, STAGES,
             )),
         ],
-        [4, 1],
-        [REGISTERS, 24],
+        [4, 4],
+        [REGISTERS, REGISTERS],
     )  # fmt: skip

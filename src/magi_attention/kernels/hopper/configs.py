@@ -30,8 +30,6 @@ class BackwardTiles:
     block: int
     stages: int
     registers: int = 240
-    pin: bool = False
-    shift: bool = False
 
 
 FORWARD_TILES = {64: ForwardTiles(128, 2, False), 128: ForwardTiles(128, 2, True)}

@@ -19,13 +19,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from magi_attention.kernels.hopper.steps import load_segment, mask_scores, pick_item
+from magi_attention.kernels.hopper.steps import load_segment, locate, mask_scores, pick_item
 
 
 @gluon.jit
 def _produce(
     d_q, d_k, d_v, q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free, p_order, p_rows, p_segments,
-    s_qh, s_kh, s_vh, num_items, num_heads, group,
+    s_qh, s_kh, s_vh, num_items, num_heads, at_once, group,
     CONSUMERS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = 64
@@ -33,8 +33,8 @@ def _produce(
     turn = 0
     for start in range(gl.program_id(0), num_items, gl.num_programs(0)):
         item = pick_item(start, num_items)
-        tile = gl.load(p_order + item // num_heads)
-        head = item % num_heads
+        rank, head = locate(item, num_items // num_heads, num_heads, at_once)
+        tile = gl.load(p_order + rank)
         kv_head = head // group
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_free.index(c), (turn & 1) ^ 1)
@@ -71,7 +71,7 @@ def _softmax(s, top, total, scale_log2):
 @gluon.jit
 def _consume(
     INDEX: gl.constexpr, out, p_lse, p_top, q_s, k_s, v_s, o_s, q_full, q_free, k_full, k_free, v_full, v_free, turns,
-    p_order, p_rows, p_segments, num_q, scale_log2, num_items, num_heads,
+    p_order, p_rows, p_segments, num_q, scale_log2, num_items, num_heads, at_once,
     CONSUMERS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     TMA_OUT: gl.constexpr, MERGE: gl.constexpr, RAW: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
@@ -87,8 +87,8 @@ def _consume(
     phase = 0
     for start in range(gl.program_id(0), num_items, gl.num_programs(0)):
         item = pick_item(start, num_items)
-        tile = gl.load(p_order + item // num_heads)
-        head = item % num_heads
+        rank, head = locate(item, num_items // num_heads, num_heads, at_once)
+        tile = gl.load(p_order + rank)
         row = (tile * CONSUMERS + INDEX) * ROWS + gl.arange(0, ROWS, layout=by_row)
         first_at = gl.load(p_rows + tile)
         segment = load_segment(p_segments, first_at)
@@ -199,10 +199,10 @@ def _finish(
         gl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_out)
 
 
-@gluon.jit(do_not_specialize=["s_qh", "s_kh", "s_vh", "num_q", "num_items", "num_heads", "group"])
+@gluon.jit(do_not_specialize=["s_qh", "s_kh", "s_vh", "num_q", "num_items", "num_heads", "at_once", "group"])
 def forward_kernel(
     d_q, d_k, d_v, out, p_lse, p_top, p_order, p_rows, p_segments, s_qh, s_kh, s_vh, num_q, scale_log2, num_items, num_heads,
-    group, D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    at_once, group, D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     TMA_OUT: gl.constexpr, MERGE: gl.constexpr, RAW: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = 64
@@ -231,17 +231,17 @@ def forward_kernel(
         [
             (_consume, (
                 0, out, p_lse, p_top, q_s, k_s, v_s, o_s, q_full, q_free, k_full, k_free, v_full, v_free, turns,
-                p_order, p_rows, p_segments, num_q, scale_log2, num_items, num_heads,
+                p_order, p_rows, p_segments, num_q, scale_log2, num_items, num_heads, at_once,
                 CONSUMERS, BLOCK, D, STAGES, TMA_OUT, MERGE, RAW, TURNS,
             )),
             (_consume, (
                 1, out, p_lse, p_top, q_s, k_s, v_s, o_s, q_full, q_free, k_full, k_free, v_full, v_free, turns,
-                p_order, p_rows, p_segments, num_q, scale_log2, num_items, num_heads,
+                p_order, p_rows, p_segments, num_q, scale_log2, num_items, num_heads, at_once,
                 CONSUMERS, BLOCK, D, STAGES, TMA_OUT, MERGE, RAW, TURNS,
             )),
             (_produce, (
                 d_q, d_k, d_v, q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free, p_order, p_rows, p_segments,
-                s_qh, s_kh, s_vh, num_items, num_heads, group, CONSUMERS, BLOCK, STAGES,
+                s_qh, s_kh, s_vh, num_items, num_heads, at_once, group, CONSUMERS, BLOCK, STAGES,
             )),
         ],
         [4, 1],

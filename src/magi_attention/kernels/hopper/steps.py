@@ -21,6 +21,16 @@ def pick_item(start, num_items):
 
 
 @gluon.jit
+def locate(item, num_tiles, num_heads, at_once):
+    """The rank of an item's tile, and its head. Items come in groups of ``at_once`` heads, so that what those read stays in the L2 cache."""
+    group = item // (num_tiles * at_once)
+    rest = item % (num_tiles * at_once)
+    first = group * at_once
+    width = gl.minimum(at_once, num_heads - first)
+    return rest // width, first + rest % width
+
+
+@gluon.jit
 def load_segment(p_segments, at):
     """``(begin, end, inner_begin, inner_end, lo, hi, other_begin, other_end)`` of a `SegmentList`."""
     p = p_segments + at * 8
@@ -49,13 +59,3 @@ def reduce_add(tensor_desc, coord, src, _semantic=None):
     """
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
-
-
-@gluon.jit
-def pin(x):
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred f; .reg .b32 t, z; or.b32 t, $8, $9; or.b32 t, t, $10; or.b32 t, t, $11; or.b32 t, t, $12; or.b32 t, t, $13; or.b32 t, t, $14; or.b32 t, t, $15; "
-        "setp.eq.u32 f, t, 0xffff7fff; mov.u32 z, 0; @f st.volatile.shared.b32 [z], t; "
-        "mov.b32 $0, $8; mov.b32 $1, $9; mov.b32 $2, $10; mov.b32 $3, $11; mov.b32 $4, $12; mov.b32 $5, $13; mov.b32 $6, $14; mov.b32 $7, $15; }",
-        "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r", [x], dtype=x.dtype, is_pure=False, pack=16,
-    )
