@@ -13,7 +13,7 @@ import csv
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from magi_attention.kernels.interface import AttnSettings, KernelMask
+from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask
 from magi_attention.kernels.registry import load
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import tighten
-from magi_attention.testing.kernel_check import KernelCase, check_kernel
+from magi_attention.testing.kernel_check import KernelCase, check_kernel, make_inputs
 from magi_attention.testing.mask_families import MASK_FAMILIES
 from magi_attention.testing.poison import poisoned_memory
 
@@ -74,6 +74,19 @@ def masks(total: int) -> dict[str, AttnMask]:
     }
 
 
+def with_other_modes(cases: list[KernelCase]) -> list[KernelCase]:
+    """The cases, those of the masks at head_dim 128 too, and those in half precision without determinism too."""
+    cases = cases + [replace(case, head_dim=128) for case in cases if case.head_dim == 64 and case.head_dim_v is None]
+    half = (torch.bfloat16, torch.float16)
+    return cases + [replace(case, deterministic=False) for case in cases if case.dtype in half]
+
+
+def can_take(backend: Backend, case: KernelCase) -> bool:
+    """Whether the backend serves such inputs on this GPU."""
+    x = make_inputs(replace(case, num_tokens=16), "cuda")
+    return backend.unsupported(x.q, x.k, x.v, case.settings) is None
+
+
 def check(backend_name: str) -> int:
     """How many cases fail; each failure is printed."""
     backend = load(backend_name)
@@ -87,6 +100,7 @@ def check(backend_name: str) -> int:
         for dtype in (torch.bfloat16, torch.float32)
     ]
     cases += [KernelCase(family, torch.bfloat16, softcap=30.0, head_dim=64) for family in ("causal", "random_a")]
+    cases = [case for case in with_other_modes(cases) if can_take(backend, case)]
     failures = 0
     for case in cases:
         for _ in range(2):
@@ -332,7 +346,7 @@ def read_csv(path: Path) -> list[dict[str, object]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `main` reads."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
-    parser.add_argument("--backends", nargs="+", default=["triton"])
+    parser.add_argument("--backends", nargs="+", help="left out: triton, and hopper on such a GPU")
     parser.add_argument("--ours-only", action="store_true", help="leave the other libraries out")
     parser.add_argument("--flex-lengths", type=int, nargs="*", default=[16384], help="where to run FlexAttention")
     parser.add_argument("--skip-check", action="store_true")
@@ -341,6 +355,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Check, measure, print; returns the number of wrong cases."""
+    if args.backends is None:
+        args.backends = ["triton", "hopper"] if torch.cuda.get_device_capability() == (9, 0) else ["triton"]
     gemm, copy = ceilings()
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}: bf16 GEMM {gemm:.0f} TFLOP/s, copy {copy:.2f} TB/s", flush=True)

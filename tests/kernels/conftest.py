@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ if not HAS_GPU:
 
     interpreter_bf16.mend()
 
+HERE = Path(__file__).parent
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,6 +47,9 @@ TESTED = (
     Tested("cpu", LOW),
     Tested("triton", LOW, "cuda" if HAS_GPU else "cpu", 1009 if HAS_GPU else 131),
 )
+
+# Backends that cannot take most of the suite's shapes, and the tests that they have instead.
+TESTED_APART = {"hopper": "test_hopper.py"}
 
 # What of the suite the interpreter, which is slow, runs in `make test`; the rest of it runs in `make test-long`.
 QUICK_IN_INTERPRETER = {"test_mask": torch.float32, "test_softcap": torch.float16, "test_head_dims": torch.bfloat16}
@@ -89,7 +94,7 @@ def num_tokens_many_tiles(tested: Tested) -> int:
 
 @pytest.fixture
 def tested_names() -> set[str]:
-    return {tested.name for tested in TESTED}
+    return {tested.name for tested in TESTED} | {name for name, test in TESTED_APART.items() if (HERE / test).exists()}
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ class KernelCase:
     softmax_scale: float | None = None
     magnitude: float = 1.0
     seed: int = 0
+    deterministic: bool = True
 
     @property
     def slices(self) -> Slices:
@@ -39,7 +40,9 @@ class KernelCase:
     @property
     def settings(self) -> AttnSettings:
         scale = self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
-        return AttnSettings(softmax_scale=scale, softcap=self.softcap, deterministic=True, return_max_logits=True)
+        return AttnSettings(
+            softmax_scale=scale, softcap=self.softcap, deterministic=self.deterministic, return_max_logits=True
+        )
 
 
 @dataclass(frozen=True)

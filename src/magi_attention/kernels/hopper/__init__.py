@@ -14,7 +14,7 @@ from torch import Tensor
 from magi_attention.kernels import triton as portable
 from magi_attention.kernels.hopper.backward import backward_kernel
 from magi_attention.kernels.hopper.configs import BACKWARD_TILES, CONSUMER_ROWS, FORWARD_TILES, HEAD_DIMS, NUM_CONSUMERS
-from magi_attention.kernels.hopper.descriptors import describe_rows, why_not
+from magi_attention.kernels.hopper.descriptors import MOST_PLACES, describe_rows, why_not
 from magi_attention.kernels.hopper.forward import forward_kernel
 from magi_attention.kernels.hopper.segments import SegmentList, build_segments
 from magi_attention.kernels.hopper.statistics import statistics_by_head
@@ -26,7 +26,6 @@ from magi_attention.kernels.triton.work_lists import transpose
 name = "hopper"
 
 _DTYPES = (torch.bfloat16, torch.float16)
-FORWARD_AT_ONCE, BACKWARD_AT_ONCE = 64, 8
 _LOG2E = 1.4426950408889634
 
 
@@ -41,6 +40,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings) -> str 
         return f"it takes no softcap, got {settings.softcap}"
     if settings.softmax_scale <= 0:
         return f"it takes positive softmax scales, got {settings.softmax_scale}"
+    if q.shape[0] * q.shape[1] > MOST_PLACES // 2:
+        return f"it takes up to 2**30 rows of queries, all heads together, got {q.shape[0]} x {q.shape[1]}"
     return why_not("q", q) or why_not("k", k) or why_not("v", v)
 
 
@@ -48,7 +49,8 @@ def _segments(mask: KernelMask, tile: int, block: int, device: torch.device, *, 
     at = ("hopper", tile, block, device, by_key)
     if at not in mask.derived:
         bands, length = (transpose(mask.bands), mask.num_k) if by_key else (mask.bands, mask.num_q)
-        mask.derived[at] = build_segments(bands, length, tile, block).to(device)
+        # Tiles of keys that share queries run side by side, so that these are read once: cheaper than perfect order of work.
+        mask.derived[at] = build_segments(bands, length, tile, block, strictly=not by_key).to(device)
     segments: SegmentList = mask.derived[at]
     return segments
 
@@ -69,7 +71,7 @@ def forward(
     out_dtype: torch.dtype | None = None,
 ) -> Partial:
     """See `Backend.forward`."""
-    (num_q, hq, d), hk = q.shape, k.shape[1]
+    (num_q, hq, d), group = q.shape, q.shape[1] // k.shape[1]
     raw = settings.return_max_logits
     if not len(mask.bands) or not q.numel():
         return into or empty_partial(q, d, out_dtype, with_max_logits=raw)
@@ -83,11 +85,13 @@ def forward(
         out, lse = into.out, into.lse
     tops = torch.empty(work.num_tiles * NUM_CONSUMERS, hq, dtype=torch.float32, device=q.device) if raw else lse
     by_copy = into is None and out.dtype == q.dtype
-    num_items = work.num_tiles * hq
-    forward_kernel[(min(num_items, _num_programs(q.device)),)](
+    num_items, programs = work.num_tiles * hq, _num_programs(q.device)
+    # So many heads that they occupy all programs for a while, and so few that their keys and values stay in the L2 cache.
+    at_once = max(2 * group, -(-4 * programs // work.num_tiles))
+    forward_kernel[(min(num_items, programs),)](
         describe_rows(q, CONSUMER_ROWS), describe_rows(k, tiles.block), describe_rows(v, tiles.block),
         describe_rows(out, CONSUMER_ROWS) if by_copy else out, lse, tops, work.order, work.rows, work.segments,
-        q.stride(1), k.stride(1), v.stride(1), num_q, settings.softmax_scale * _LOG2E, num_items, hq, FORWARD_AT_ONCE, hq // hk,
+        q.stride(1), k.stride(1), v.stride(1), num_q, settings.softmax_scale * _LOG2E, num_items, hq, at_once, group,
         D=d, BLOCK=tiles.block, STAGES=tiles.stages, CONSUMERS=NUM_CONSUMERS, TMA_OUT=by_copy, MERGE=into is not None,
         RAW=raw, TURNS=tiles.turns, REGISTERS=tiles.registers, num_warps=4,
     )  # fmt: skip
@@ -117,7 +121,7 @@ def backward(
     if settings.deterministic:
         return portable.backward(dout, q, k, v, lse, delta, mask, settings, dq=dq, grad_dtype=grad_dtype)
     grad_dtype = grad_dtype or torch.float32
-    (num_q, hq, d), (num_k, hk, _) = q.shape, k.shape
+    (num_k, hk, d), hq = k.shape, q.shape[1]
     dk, dv = (torch.empty(x.shape, dtype=grad_dtype, device=x.device) for x in (k, v))
     if not len(mask.bands) or not q.numel() or not k.numel():
         return torch.zeros(q.shape, dtype=grad_dtype, device=q.device) if dq is None else dq, dk.zero_(), dv.zero_()
@@ -126,14 +130,15 @@ def backward(
     dout = dout.to(q.dtype)
     dout = dout if why_not("dout", dout) is None else dout.contiguous()
     tiles = BACKWARD_TILES[d]
+    keys, dq_columns = CONSUMER_ROWS * NUM_CONSUMERS, d // 2 if tiles.block == CONSUMER_ROWS else d
     d_lse, d_delta, length = statistics_by_head(lse.contiguous(), delta.contiguous(), tiles.block)
-    work = _segments(mask, CONSUMER_ROWS * NUM_CONSUMERS, tiles.block, q.device, by_key=True)
-    keys = CONSUMER_ROWS * NUM_CONSUMERS
+    work = _segments(mask, keys, tiles.block, q.device, by_key=True)
+    at_once = max(1, round(_num_programs(q.device) / work.num_tiles))
     backward_kernel[(work.num_tiles * hk,)](
         describe_rows(q, tiles.block), describe_rows(k, keys), describe_rows(v, keys), describe_rows(dout, tiles.block),
-        d_lse, d_delta, describe_rows(wide_dq, CONSUMER_ROWS, d // 2 if tiles.block == CONSUMER_ROWS else d), dk, dv, work.order, work.rows, work.segments,
-        q.stride(1), k.stride(1), v.stride(1), dout.stride(1), length, num_k,
-        settings.softmax_scale, settings.softmax_scale * _LOG2E, hk, BACKWARD_AT_ONCE, hq // hk,
+        d_lse, d_delta, describe_rows(wide_dq, CONSUMER_ROWS, dq_columns), dk, dv,
+        work.order, work.rows, work.segments, q.stride(1), k.stride(1), v.stride(1), dout.stride(1), length, num_k,
+        settings.softmax_scale, settings.softmax_scale * _LOG2E, hk, at_once, hq // hk,
         D=d, BLOCK=tiles.block, STAGES=tiles.stages, REGISTERS=tiles.registers, num_warps=4,
     )  # fmt: skip
     return wide_dq.to(grad_dtype) if dq is None else dq, dk, dv

@@ -8,7 +8,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
-_MOST_COLUMNS = 2**31 - 1
+# Coordinates are of 32 bits.
+MOST_PLACES = 2**31 - 1
 
 
 def _num_columns(x: Tensor) -> int:
@@ -23,7 +24,10 @@ def describe_rows(x: Tensor, block: int, columns: int | None = None) -> TensorDe
     """
     tile = [block, columns or x.shape[2]]
     layout = gl.NVMMASharedLayout.get_default_for(tile, GLUON_DTYPES[x.dtype])
-    return TensorDescriptor(x, [x.shape[0], _num_columns(x)], [x.stride(0), 1], tile, layout)
+    num_columns = _num_columns(x)
+    # The stride of a single row is never used, but must be one that the engine takes.
+    stride = x.stride(0) if x.shape[0] > 1 else -(-num_columns // 8) * 8
+    return TensorDescriptor(x, [x.shape[0], num_columns], [stride, 1], tile, layout)
 
 
 def why_not(name: str, x: Tensor) -> str | None:
@@ -37,6 +41,6 @@ def why_not(name: str, x: Tensor) -> str | None:
         return f"{name} must begin at, and have strides of, multiples of 16 bytes, got strides {x.stride()}"
     if x.shape[0] > 1 and x.stride(0) == 0:
         return f"{name}'s tokens must not be expanded, got strides {x.stride()}"
-    if _num_columns(x) > _MOST_COLUMNS:
+    if _num_columns(x) > MOST_PLACES:
         return f"{name}'s heads must lie within 2**31 elements of one another, got strides {x.stride()}"
     return None

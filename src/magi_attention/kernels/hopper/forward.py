@@ -30,9 +30,9 @@ def _produce(
 ):  # fmt: skip
     ROWS: gl.constexpr = 64
     step = 0
-    turn = 0
     for start in range(gl.program_id(0), num_items, gl.num_programs(0)):
         item = pick_item(start, num_items)
+        turn = start // gl.num_programs(0)
         rank, head = locate(item, num_items // num_heads, num_heads, at_once)
         tile = gl.load(p_order + rank)
         kv_head = head // group
@@ -41,7 +41,6 @@ def _produce(
             mbarrier.expect(q_full.index(c), d_q.block_type.nbytes)
             row = (tile * CONSUMERS + c) * ROWS
             tma.async_copy_global_to_shared(d_q, [row, head * s_qh], q_full.index(c), q_s.index(c))
-        turn += 1
         for at in range(gl.load(p_rows + tile), gl.load(p_rows + tile + 1)):
             begin = gl.load(p_segments + at * 8)
             end = gl.load(p_segments + at * 8 + 1)
@@ -83,10 +82,10 @@ def _consume(
     zero = gl.zeros([ROWS, BLOCK], gl.float32, layout=scores)
     q = q_s.index(INDEX)
     step = 0
-    turn = 0
     phase = 0
     for start in range(gl.program_id(0), num_items, gl.num_programs(0)):
         item = pick_item(start, num_items)
+        turn = start // gl.num_programs(0)
         rank, head = locate(item, num_items // num_heads, num_heads, at_once)
         tile = gl.load(p_order + rank)
         row = (tile * CONSUMERS + INDEX) * ROWS + gl.arange(0, ROWS, layout=by_row)
@@ -138,7 +137,6 @@ def _consume(
                 acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, sums))[:, None]
 
         mbarrier.arrive(q_free.index(INDEX), count=1)
-        turn += 1
         last = step % STAGES
         mbarrier.wait(v_full.index(last), (step // STAGES) & 1)
         acc = warpgroup_mma(b_p, v_s.index(last), acc, is_async=True)

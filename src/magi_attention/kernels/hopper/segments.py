@@ -26,14 +26,12 @@ class SegmentList:
     """Segments by tile.
 
     ``order``: ``[num_tiles]`` int32 tiles, most work first. ``rows``: ``[num_tiles + 1]`` int32, where each tile's segments begin.
-    ``blocks``: ``[num_tiles]`` int32, how many blocks each tile's segments have.
     ``segments``: ``[n, 8]`` int32 ``(k0, k1, inner_begin, inner_end, lo, hi, q0, q1)``. Every tile has one: a tile that attends nothing has
     one of no cells, so that kernels need no case for it.
     """
 
     order: Tensor
     rows: Tensor
-    blocks: Tensor
     segments: Tensor
 
     @property
@@ -45,8 +43,11 @@ class SegmentList:
         return SegmentList(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
 
 
-def build_segments(bands: Ints, num_q: int, tile: int, block: int) -> SegmentList:
-    """The list of tiles of ``tile`` queries that step through keys by ``block``. ``bands``: ``[n, 6]``, tight."""
+def build_segments(bands: Ints, num_q: int, tile: int, block: int, *, strictly: bool = True) -> SegmentList:
+    """The list of tiles of ``tile`` queries that step through keys by ``block``. ``bands``: ``[n, 6]``, tight.
+
+    Without ``strictly``, tiles whose work is within a factor of two count as equal, and keep their places.
+    """
     num_tiles = -(-num_q // tile)
     starts = np.arange(num_tiles) * tile
     ends = np.minimum(starts + tile, num_q)
@@ -65,7 +66,5 @@ def build_segments(bands: Ints, num_q: int, tile: int, block: int) -> SegmentLis
     at = np.concatenate([at, idle])
     by_tile = np.argsort(at, kind="stable")
     rows = np.searchsorted(at[by_tile], np.arange(num_tiles + 1))
-    order = np.argsort(-work, kind="stable")
-    return SegmentList(
-        *(torch.from_numpy(np.ascontiguousarray(x, np.int32)) for x in (order, rows, np.maximum(work, 1), segments[by_tile]))
-    )
+    order = np.argsort(-work if strictly else -np.frexp(work)[1], kind="stable")
+    return SegmentList(*(torch.from_numpy(np.ascontiguousarray(x, np.int32)) for x in (order, rows, segments[by_tile])))

@@ -32,7 +32,7 @@ def _by_head_kernel(
 
 
 def statistics_by_head(lse: Tensor, delta: Tensor, block: int) -> tuple[TensorDescriptor, TensorDescriptor, int]:
-    """``lse``, ``delta``: ``[num_q, hq]`` float32, contiguous. Returns what copies of ``block`` numbers read, and the length of a head there.
+    """``lse``, ``delta``: ``[num_q, hq]`` float32, contiguous. Returns what copies of ``block`` numbers read, and a head's length there.
 
     The lse is in units of log 2, and infinite where it was ``-inf`` and in the ``block`` numbers behind each head's last.
     """

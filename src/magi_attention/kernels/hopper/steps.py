@@ -22,7 +22,7 @@ def pick_item(start, num_items):
 
 @gluon.jit
 def locate(item, num_tiles, num_heads, at_once):
-    """The rank of an item's tile, and its head. Items come in groups of ``at_once`` heads, so that what those read stays in the L2 cache."""
+    """The rank of an item's tile, and its head. Items come in groups of ``at_once`` heads, whose inputs stay in the L2 cache."""
     group = item // (num_tiles * at_once)
     rest = item % (num_tiles * at_once)
     first = group * at_once
