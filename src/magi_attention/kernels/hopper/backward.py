@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from magi_attention.kernels.hopper.steps import load_segment, locate, mask_scores, reduce_add
+from magi_attention.kernels.hopper.steps import first_block, load_segment, locate, mask_scores, reduce_add
 
 
 @gluon.jit
@@ -35,7 +35,7 @@ def _produce(
     for member in range(group):
         head = kv_head * group + member
         for at in range(gl.load(p_rows + tile), gl.load(p_rows + tile + 1)):
-            begin = gl.load(p_segments + at * 8)
+            begin = first_block(gl.load(p_segments + at * 8))
             end = gl.load(p_segments + at * 8 + 1)
             for m in range(begin, end, BLOCK):
                 slot = step % STAGES
@@ -102,7 +102,7 @@ def _consume(
             p_segment = p_segments + at * 8
             inner_begin = gl.load(p_segment + 2)
             inner_end = gl.where(ragged, inner_begin, gl.load(p_segment + 3))
-            for m in range(gl.load(p_segment), gl.load(p_segment + 1), BLOCK):
+            for m in range(first_block(gl.load(p_segment)), gl.load(p_segment + 1), BLOCK):
                 slot = step % STAGES
                 parity = (step // STAGES) & 1
                 q = q_s.index(slot)
