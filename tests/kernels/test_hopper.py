@@ -23,11 +23,11 @@ from magi_attention.kernels.hopper.segments import SegmentList, build_segments
 from magi_attention.kernels.interface import AttnSettings, KernelMask, Partial
 from magi_attention.kernels.registry import pick
 from magi_attention.kernels.triton.work_lists import transpose
-from magi_attention.mask.bands import shift, split_k
 from magi_attention.testing.kernel_check import (
     KernelCase,
     KernelInputs,
     check_kernel,
+    key_parts,
     make_inputs,
     row_statistics,
     run_kernel,
@@ -114,14 +114,17 @@ def test_without_a_hopper_gpu_it_says_so() -> None:
 
 
 @on_hopper
-def test_auto_takes_it_where_it_can() -> None:
+def test_what_it_takes() -> None:
     x = torch.zeros(2, 1, 128, dtype=torch.bfloat16, device="cuda")
-    assert pick(x, x, x, SETTINGS).name == "hopper"
-    assert pick(x, x, x, replace(SETTINGS, softcap=3.0)).name == "triton"
-    assert pick(x, x, x, replace(SETTINGS, softmax_scale=-1.0)).name == "triton"
-    assert pick(x.float(), x.float(), x.float(), SETTINGS).name == "triton"
-    assert pick(x, x, x[:, :, :64], SETTINGS).name == "triton"
-    assert pick(x[:, :, :80], x[:, :, :80], x, SETTINGS).name == "triton"
+    assert pick(x, x, x, SETTINGS, name="hopper").name == "hopper"
+    for inputs, settings, words in (
+        ((x, x, x), replace(SETTINGS, softcap=3.0), "softcap"),
+        ((x, x, x), replace(SETTINGS, softmax_scale=-1.0), "positive softmax scales"),
+        ((x.float(), x.float(), x.float()), SETTINGS, "got torch.float32"),
+        ((x, x, x[:, :, :64]), SETTINGS, "got 128 and 64"),
+        ((x[:, :, :80], x[:, :, :80], x[:, :, :80]), SETTINGS, "got 80 and 80"),
+    ):
+        assert words in str(hopper.unsupported(*inputs, settings))
 
 
 @on_hopper
@@ -202,15 +205,6 @@ def test_strided_inputs() -> None:
     assert a.dk is not None and b.dk is not None and torch.equal(a.dk, b.dk)
 
 
-def _key_parts(mask: KernelMask, cuts: list[int]) -> list[tuple[slice, KernelMask]]:
-    """The mask over the keys between one cut and the next, in their own coordinates."""
-    parts = []
-    for start, end in zip([0, *cuts], [*cuts, mask.num_k], strict=True):
-        bands, _, _ = split_k(mask.bands, np.array([start]), np.array([end]))
-        parts.append((slice(start, end), KernelMask(shift(bands, 0, -start), mask.num_q, end - start)))
-    return parts
-
-
 @on_hopper
 @pytest.mark.parametrize("family", ["causal", "empty_rows", "shared_prefix", "random_cross", "nothing"])
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -219,7 +213,7 @@ def test_merging_parts(family: str, head_dim: int) -> None:
     case = KernelCase(family, torch.bfloat16, head_dim=head_dim, deterministic=False)
     (inputs, truth), whole = solve(case, "cuda"), case.slices.kernel_mask()
     partial: Partial | None = None
-    for keys, mask in _key_parts(whole, [50, 51, 51, 140]):
+    for keys, mask in key_parts(whole, [50, 51, 51, 140]):
         merged = hopper.forward(inputs.q, inputs.k[keys], inputs.v[keys], mask, case.settings, into=partial)
         assert partial is None or all(x is y for x, y in zip(merged, partial, strict=True))
         partial = merged
@@ -227,7 +221,7 @@ def test_merging_parts(family: str, head_dim: int) -> None:
     truth.check(AttnResult(*partial))
     lse, delta = row_statistics(partial.out, partial.lse, inputs)
     dq, dk, dv = torch.zeros_like(inputs.q, dtype=torch.float32), [], []
-    for keys, mask in _key_parts(whole, [50, 51, 51, 140]):
+    for keys, mask in key_parts(whole, [50, 51, 51, 140]):
         k, v = inputs.k[keys], inputs.v[keys]
         grads = hopper.backward(inputs.dout, inputs.q, k, v, lse, delta, mask, case.settings, dq=dq)
         assert grads[0] is dq

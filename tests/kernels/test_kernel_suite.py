@@ -16,12 +16,12 @@ from torch import Tensor
 from magi_attention.kernels.interface import AttnSettings, Backend, DeviceMask, KernelMask, Partial
 from magi_attention.kernels.precision import accumulation_dtype
 from magi_attention.kernels.registry import BACKENDS
-from magi_attention.mask.bands import shift, split_k
 from magi_attention.testing.kernel_check import (
     KernelCase,
     KernelInputs,
     check_kernel,
     find_truth,
+    key_parts,
     make_inputs,
     row_statistics,
     run_kernel,
@@ -174,21 +174,12 @@ def test_autocast_changes_nothing(backend: Backend, dtype: torch.dtype, device: 
         assert x is None or torch.equal(x, getattr(actual, name)), f"{name} differs under autocast"
 
 
-def _key_parts(mask: KernelMask, cuts: list[int]) -> list[tuple[slice, KernelMask]]:
-    """The mask over the keys between one cut and the next, in their own coordinates."""
-    parts = []
-    for start, end in zip([0, *cuts], [*cuts, mask.num_k], strict=True):
-        bands, _, _ = split_k(mask.bands, np.array([start]), np.array([end]))
-        parts.append((slice(start, end), KernelMask(shift(bands, 0, -start), mask.num_q, end - start)))
-    return parts
-
-
 @pytest.mark.parametrize("family", ["causal", "empty_rows", "shared_prefix", "random_cross", "nothing"])
 def test_merging_parts_into_a_partial(backend: Backend, dtype: torch.dtype, device: str, family: str) -> None:
     case = KernelCase(family, dtype, head_dim=40, head_dim_v=24, softcap=20.0)
     (inputs, truth), whole = solve(case, device), case.slices.kernel_mask()
     partial: Partial | None = None
-    for keys, mask in _key_parts(whole, [50, 51, 51, 140]):
+    for keys, mask in key_parts(whole, [50, 51, 51, 140]):
         merged = backend.forward(inputs.q, inputs.k[keys], inputs.v[keys], mask, case.settings, into=partial)
         if partial is not None:
             assert all(x is y for x, y in zip(merged, partial, strict=True)), "the result must be merged in place"
@@ -205,7 +196,7 @@ def test_accumulating_into_dq(backend: Backend, dtype: torch.dtype, device: str,
     lse, delta = row_statistics(out, lse, inputs)
     dq = torch.zeros_like(inputs.q, dtype=accumulation_dtype(dtype))
     dk, dv = [], []
-    for keys, mask in _key_parts(whole, [50, 51, 51, 140]):
+    for keys, mask in key_parts(whole, [50, 51, 51, 140]):
         k, v = inputs.k[keys], inputs.v[keys]
         grads = backend.backward(
             inputs.dout, inputs.q, k, v, lse, delta, mask, case.settings, dq=dq, grad_dtype=torch.float32

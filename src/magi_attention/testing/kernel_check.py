@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask
+from magi_attention.mask.bands import shift, split_k
 from magi_attention.testing.mask_families import MASK_FAMILIES, Slices
 from magi_attention.testing.oracle import AttnResult, assert_results_as_exact, attention_oracle, plain_result
 
@@ -120,3 +122,12 @@ def check_kernel(backend: Backend, case: KernelCase, device: torch.device | str 
     """AssertionError unless forward and backward of one case are as exact as the tolerance rule asks."""
     inputs, truth = solve(case, device)
     truth.check(run_kernel(backend, inputs, case.slices.kernel_mask(), case.settings))
+
+
+def key_parts(mask: KernelMask, cuts: list[int]) -> list[tuple[slice, KernelMask]]:
+    """The mask over the keys between one cut and the next, in their own coordinates."""
+    parts = []
+    for start, end in zip([0, *cuts], [*cuts, mask.num_k], strict=True):
+        bands, _, _ = split_k(mask.bands, np.array([start]), np.array([end]))
+        parts.append((slice(start, end), KernelMask(shift(bands, 0, -start), mask.num_q, end - start)))
+    return parts

@@ -40,10 +40,11 @@ class SegmentList:
 
     def to(self, device: torch.device) -> SegmentList:
         """The same on ``device``, without waiting for it: from pinned memory, which is not given to others before it was copied."""
-        columns = (self.order, self.rows, self.segments)
-        if device.type == "cuda":
-            columns = tuple(x.pin_memory() for x in columns)
-        return SegmentList(*(x.to(device, non_blocking=True) for x in columns))
+
+        def moved(x: Tensor) -> Tensor:
+            return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+        return SegmentList(moved(self.order), moved(self.rows), moved(self.segments))
 
 
 def build_segments(bands: Ints, num_q: int, tile: int, block: int, *, strictly: bool = True) -> SegmentList:
