@@ -193,6 +193,19 @@ def reduce_the_gradient_of_sinks(key: DistAttnRuntimeKey) -> None:
         torch.testing.assert_close(size * share if op == "avg" else share, expected)
 
 
+def keep_what_padding_holds_apart(key: DistAttnRuntimeKey) -> None:
+    """NaN in padding rows reaches no other row, forward or backward, nor is it in the output."""
+    for backend, dtype in (("reference", torch.float64), ("tiled", torch.float32), ("cpu", torch.float32)):
+        os.environ["MAGI_ATTENTION_BACKEND"] = backend
+        leaves = make_leaves(dtype=dtype)
+        local = [dispatch(x, key, pad_value=math.nan) for x in leaves[:3]]
+        out, meta = calc_attn(*local, key, sink=leaves[3], return_max_logits=True)
+        assert meta.lse is not None and meta.max_logits is not None
+        assert not any(x.isnan().any() for x in (out, meta.lse, meta.max_logits)), backend
+        weighted(undispatch(out, key)).backward()
+        check_gradients(leaves, tolerance=1e-10 if dtype == torch.float64 else 1e-4)
+
+
 CHECKS: list[Callable[[DistAttnRuntimeKey], None]] = [
     use_an_output_twice,
     add_up_gradients,
@@ -205,6 +218,7 @@ CHECKS: list[Callable[[DistAttnRuntimeKey], None]] = [
     compute_under_autocast,
     refuse_what_is_not_supported,
     reduce_the_gradient_of_sinks,
+    keep_what_padding_holds_apart,
 ]
 
 

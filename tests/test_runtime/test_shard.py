@@ -125,3 +125,28 @@ def test_one_rank_without_a_process_group() -> None:
     x = torch.randn(29, 3)
     assert torch.equal(undispatch(dispatch(x, key), key), x)
     assert torch.equal(undispatch(roll(dispatch(x, key), -1, 0, key), key), torch.roll(x, -1, 0))
+
+
+def check_odd_tensors() -> None:
+    key, generator = make_key(19, 2), torch.Generator().manual_seed(4)
+    x = torch.randn(38, 6, generator=generator)
+    tensors = [
+        torch.arange(19),
+        torch.arange(19, dtype=torch.uint8),
+        torch.arange(19) % 2 == 0,
+        x[:19, :3].bfloat16(),
+        x[:19, 0].half(),
+        torch.complex(x[:19], x[19:]).conj(),
+        x[::2, ::3],
+        x[:5, :].t()[:1].expand(19, 5),
+        torch.zeros(19, 0),
+        torch.zeros(19, 0, 4),
+    ]
+    for one in tensors:
+        local = dispatch(one, key)
+        assert torch.equal(undispatch(local, key), one)
+        assert torch.equal(undispatch(roll(local, -3, 0, key), key), torch.roll(one, -3, 0))
+
+
+def test_tensors_of_any_dtype_width_and_stride() -> None:
+    shared_pool().run(check_odd_tensors, num_ranks=3)

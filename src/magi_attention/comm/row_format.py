@@ -47,6 +47,9 @@ class RowFormat:
         views = []
         for shape, dtype, offset in zip(self.shapes, self.dtypes, self.offsets, strict=True):
             size = math.prod(shape)
+            if not size:
+                views.append(torch.empty(len(buffer), *shape, dtype=dtype, device=buffer.device))
+                continue
             columns = buffer[:, offset : offset + size * dtype.itemsize].view(dtype)  # [rows, size]
             views.append(columns.view(len(buffer), *shape))
         return tuple(views)

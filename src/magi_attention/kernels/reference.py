@@ -38,6 +38,7 @@ def forward(
     wide = accumulation_dtype(q.dtype)
     q, k, v = q.to(wide), _repeat_heads(k, q).to(wide), _repeat_heads(v, q).to(wide)
     attended = _attended(mask, q.device)
+    q, k, v = _without_idle(q, attended.any(1)), *(_without_idle(x, attended.any(0)) for x in (k, v))
     scaled = settings.softmax_scale * torch.einsum("ihd,jhd->hij", q, k)
     logits = _cap(scaled, settings.softcap).masked_fill(~attended, -math.inf)
     lse = torch.logsumexp(logits, dim=-1)  # [h, i]
@@ -69,8 +70,11 @@ def backward(
     grad_dtype = grad_dtype or wide
     num_heads_kv = k.shape[1]
     q, k, v, dout = q.to(wide), _repeat_heads(k, q).to(wide), _repeat_heads(v, q).to(wide), dout.to(wide)
+    attended = _attended(mask, q.device)
+    q, dout, delta = (_without_idle(x, attended.any(1)) for x in (q, dout, delta))
+    k, v = (_without_idle(x, attended.any(0)) for x in (k, v))
     capped = _cap(settings.softmax_scale * torch.einsum("ihd,jhd->hij", q, k), settings.softcap)
-    logits = capped.masked_fill(~_attended(mask, q.device), -math.inf)
+    logits = capped.masked_fill(~attended, -math.inf)
     lse_h, delta_h = lse.transpose(0, 1).unsqueeze(-1), delta.transpose(0, 1).unsqueeze(-1)  # [h, i, 1]
     probs = torch.exp(logits - finite_lse(lse_h)).masked_fill(lse_h == -math.inf, 0.0)
     dlogits = probs * (torch.einsum("ihe,jhe->hij", dout, v) - delta_h)
@@ -86,6 +90,11 @@ def backward(
 def _attended(mask: KernelMask, device: torch.device) -> Tensor:
     """``[num_q, num_k]`` bool."""
     return torch.from_numpy(to_dense(mask.bands, mask.num_q, mask.num_k) > 0).to(device)
+
+
+def _without_idle(x: Tensor, is_busy: Tensor) -> Tensor:
+    """Rows of padding may hold NaN, and 0 * NaN is NaN: rows that attend nothing, or that nothing attends, are 0 here."""
+    return x.masked_fill(~is_busy.view(-1, *[1] * (x.dim() - 1)), 0.0)
 
 
 def _cap(scaled: Tensor, softcap: float) -> Tensor:
