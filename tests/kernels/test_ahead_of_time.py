@@ -71,3 +71,4 @@ def test_what_is_complained_of() -> None:
         idle = Code(registers=1, spilled=0, shared=0, matrix_instructions=0)
         assert matrix_instruction(arch) in complaints(_variant(), arch, idle)[0]
         assert complaints(_variant(uses_matrix_units=False), arch, idle) == []
+    assert "at once" in complaints(_variant(keeps_products_in_flight=True), "sm_90", good)[0]

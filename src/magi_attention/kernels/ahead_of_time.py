@@ -28,6 +28,7 @@ class AotVariant:
         uses_matrix_units: whether its products must run on the matrix units. Those of float32 inputs, being IEEE, do not.
         most_spilled: bytes a thread that the compiler may keep in memory for want of registers.
         is_gluon: whether it is written in Gluon.
+        keeps_products_in_flight: whether some products must run while others are waited for, where machine code tells (sm_90).
         is_representative: whether it is among the few that stand for all where there is no time for all.
     """
 
@@ -44,3 +45,4 @@ class AotVariant:
     most_spilled: int = 0
     is_gluon: bool = False
     is_representative: bool = False
+    keeps_products_in_flight: bool = False

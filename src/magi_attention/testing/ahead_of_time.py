@@ -19,7 +19,7 @@ from magi_attention.kernels.ahead_of_time import AotVariant
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 # Backends whose module ``variants`` offers `aot_variants`.
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "hopper")
 
 # Of one block of threads. CUDA programming guide, "Technical Specifications per Compute Capability"; CDNA 3 ISA, "Local Data Share".
 SHARED_LIMIT = {
@@ -39,12 +39,16 @@ _MATRIX_INSTRUCTION_ELSEWHERE = "HMMA"
 
 @dataclass(frozen=True)
 class Code:
-    """What the compiler made of a kernel: numbers a thread, and of shared memory a block; ``spilled`` and ``shared`` in bytes."""
+    """What the compiler made of a kernel: numbers a thread, and of shared memory a block; ``spilled`` and ``shared`` in bytes.
+
+    ``partial_waits``: how often it waits for some asynchronous products but not all, on sm_90.
+    """
 
     registers: int
     spilled: int
     shared: int
     matrix_instructions: int
+    partial_waits: int = 0
 
 
 def variants_of(backend: str, arch: str) -> list[AotVariant]:
@@ -92,6 +96,8 @@ def complaints(variant: AotVariant, arch: str, code: Code) -> list[str]:
         found.append(f"takes {code.shared} bytes of shared memory, where {arch} has {SHARED_LIMIT[arch]}")
     if variant.uses_matrix_units and not code.matrix_instructions:
         found.append(f"has no {matrix_instruction(arch)}: its products do not run on the matrix units")
+    if variant.keeps_products_in_flight and not code.partial_waits:
+        found.append("waits for every product at once: nothing runs under them")
     return found
 
 
@@ -130,6 +136,7 @@ def _read_nvidia(compiled: Any, arch: str) -> Code:
         spilled=_number(r"\bSTACK:(\d+)", usage),  # these kernels keep nothing else on the stack
         shared=compiled.metadata.shared,
         matrix_instructions=len(re.findall(rf"\b{matrix_instruction(arch)}\b", machine_code)),
+        partial_waits=len(re.findall(r"DEPBAR\.LE gsb0, 0x[1-9]", machine_code)),
     )
 
 

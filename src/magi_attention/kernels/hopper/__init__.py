@@ -1,7 +1,8 @@
 """The backend for Hopper GPUs (sm_90), in Gluon: warp-specialised, with the tensor copy engine and asynchronous products.
 
-It takes bfloat16 and float16 heads of 64 or 128 columns, without softcap; ``auto`` goes on to ``triton`` with the rest. Gluon has no
-interpreter, so without such a GPU these kernels can be compiled but not run.
+It takes bfloat16 and float16 heads of 64 or 128 columns, without softcap; ``triton`` takes the rest. The fused backward adds up dq in the
+order in which blocks come: deterministic backwards are left to ``triton``'s kernels, and so are masks whose slices lie on the device.
+Gluon has no interpreter, so without such a GPU these kernels can be compiled but not run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from magi_attention.kernels.hopper.descriptors import MOST_PLACES, describe_rows
 from magi_attention.kernels.hopper.forward import forward_kernel
 from magi_attention.kernels.hopper.segments import SegmentList, build_segments
 from magi_attention.kernels.hopper.statistics import statistics_by_head
-from magi_attention.kernels.interface import AttnSettings, KernelMask, Partial
+from magi_attention.kernels.interface import AttnSettings, DeviceMask, KernelMask, Partial
 from magi_attention.kernels.partials import empty_partial
 from magi_attention.kernels.triton.configs import arch_of
 from magi_attention.kernels.triton.work_lists import transpose
@@ -73,6 +74,8 @@ def forward(
     """See `Backend.forward`."""
     (num_q, hq, d), group = q.shape, q.shape[1] // k.shape[1]
     raw = settings.return_max_logits
+    if isinstance(mask, DeviceMask):
+        return portable.forward(q, k, v, mask, settings, into=into, out_dtype=out_dtype)
     if not len(mask.bands) or not q.numel():
         return into or empty_partial(q, d, out_dtype, with_max_logits=raw)
     tiles = FORWARD_TILES[d]
@@ -118,7 +121,7 @@ def backward(
     grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend.backward`."""
-    if settings.deterministic:
+    if settings.deterministic or isinstance(mask, DeviceMask):
         return portable.backward(dout, q, k, v, lse, delta, mask, settings, dq=dq, grad_dtype=grad_dtype)
     grad_dtype = grad_dtype or torch.float32
     (num_k, hk, d), hq = k.shape, q.shape[1]
@@ -130,13 +133,13 @@ def backward(
     dout = dout.to(q.dtype)
     dout = dout if why_not("dout", dout) is None else dout.contiguous()
     tiles = BACKWARD_TILES[d]
-    keys, dq_columns = CONSUMER_ROWS * NUM_CONSUMERS, d // 2 if tiles.block == CONSUMER_ROWS else d
+    keys = CONSUMER_ROWS * NUM_CONSUMERS
     d_lse, d_delta, length = statistics_by_head(lse.contiguous(), delta.contiguous(), tiles.block)
     work = _segments(mask, keys, tiles.block, q.device, by_key=True)
     at_once = max(1, round(_num_programs(q.device) / work.num_tiles))
     backward_kernel[(work.num_tiles * hk,)](
         describe_rows(q, tiles.block), describe_rows(k, keys), describe_rows(v, keys), describe_rows(dout, tiles.block),
-        d_lse, d_delta, describe_rows(wide_dq, CONSUMER_ROWS, dq_columns), dk, dv,
+        d_lse, d_delta, describe_rows(wide_dq, CONSUMER_ROWS, tiles.dq_columns(d)), dk, dv,
         work.order, work.rows, work.segments, q.stride(1), k.stride(1), v.stride(1), dout.stride(1), length, num_k,
         settings.softmax_scale, settings.softmax_scale * _LOG2E, hk, at_once, hq // hk,
         D=d, BLOCK=tiles.block, STAGES=tiles.stages, REGISTERS=tiles.registers, num_warps=4,

@@ -31,7 +31,13 @@ class BackwardTiles:
     stages: int
     registers: int = 240
 
+    def dq_columns(self, head_dim: int) -> int:
+        """Columns of dq that a consumer computes: half of them for all queries of a block of 64, or all for half of a block of 128."""
+        return head_dim // 2 if self.block == CONSUMER_ROWS else head_dim
+
 
 FORWARD_TILES = {64: ForwardTiles(128, 2, False), 128: ForwardTiles(128, 2, True)}
 BACKWARD_TILES = {64: BackwardTiles(64, 2), 128: BackwardTiles(64, 2)}
 HEAD_DIMS = tuple(FORWARD_TILES)
+# Bytes a thread that the compiler keeps in memory, outside of the innermost loops: (kernel, head dim, case); all others keep none there.
+MOST_SPILLED = {("forward", 128, "merge"): 24, ("backward", 128, "plain"): 40, ("backward", 128, "merge"): 24}

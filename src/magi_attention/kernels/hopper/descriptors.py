@@ -16,6 +16,11 @@ def _num_columns(x: Tensor) -> int:
     return (x.shape[1] - 1) * x.stride(1) + x.shape[2]
 
 
+def row_layout(rows: int, columns: int, dtype: gl.dtype) -> gl.NVMMASharedLayout:
+    """Of a tile in shared memory, as copies and products want it."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+
+
 def describe_rows(x: Tensor, block: int, columns: int | None = None) -> TensorDescriptor:
     """``x`` ``[tokens, heads, head_dim]`` as a matrix: a row a token, head ``h`` from column ``h * x.stride(1)``, whatever the strides.
 
@@ -23,7 +28,7 @@ def describe_rows(x: Tensor, block: int, columns: int | None = None) -> TensorDe
     it never reaches another head.
     """
     tile = [block, columns or x.shape[2]]
-    layout = gl.NVMMASharedLayout.get_default_for(tile, GLUON_DTYPES[x.dtype])
+    layout = row_layout(*tile, GLUON_DTYPES[x.dtype])
     num_columns = _num_columns(x)
     # The stride of a single row is never used, but must be one that the engine takes.
     stride = x.stride(0) if x.shape[0] > 1 else -(-num_columns // 8) * 8

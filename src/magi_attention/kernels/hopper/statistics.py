@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+STATISTICS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 _QUERIES, _HEADS = 64, 16
 
 
@@ -41,5 +42,4 @@ def statistics_by_head(lse: Tensor, delta: Tensor, block: int) -> tuple[TensorDe
     made = torch.empty(2, num_heads * length, dtype=torch.float32, device=lse.device)
     grid = (triton.cdiv(length, _QUERIES), triton.cdiv(num_heads, _HEADS))
     _by_head_kernel[grid](lse, delta, made[0], made[1], num_q, num_heads, length, _QUERIES, _HEADS)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return *(TensorDescriptor(x, [num_heads * length], [1], [block], layout) for x in made), length
+    return *(TensorDescriptor(x, [num_heads * length], [1], [block], STATISTICS_LAYOUT) for x in made), length
