@@ -27,12 +27,12 @@ def describe_rows(x: Tensor, block: int, columns: int | None = None) -> TensorDe
     Copies are of ``block`` rows by ``columns``, head_dim if left out. One that passes the last token reads zeros there and writes nothing:
     it never reaches another head.
     """
-    tile = [block, columns or x.shape[2]]
-    layout = row_layout(*tile, GLUON_DTYPES[x.dtype])
+    columns = columns or x.shape[2]
+    layout = row_layout(block, columns, GLUON_DTYPES[x.dtype])
     num_columns = _num_columns(x)
     # The stride of a single row is never used, but must be one that the engine takes.
     stride = x.stride(0) if x.shape[0] > 1 else -(-num_columns // 8) * 8
-    return TensorDescriptor(x, [x.shape[0], num_columns], [stride, 1], tile, layout)
+    return TensorDescriptor(x, [x.shape[0], num_columns], [stride, 1], [block, columns], layout)
 
 
 def why_not(name: str, x: Tensor) -> str | None:
