@@ -17,7 +17,7 @@ from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import Ints, area, split_q
 from magi_attention.plan.demand import BEGIN, DST, END, SRC, STAGE, exchange_of, rows_by_rank
 from magi_attention.plan.exchange import Exchange
-from magi_attention.plan.hierarchy import OWNER, two_hops
+from magi_attention.plan.hierarchy import OWNER, Hops, two_hops
 from magi_attention.plan.layout import ShardLayout
 from magi_attention.plan.local_slices import (
     SOURCE,
@@ -89,6 +89,7 @@ class AttnPlan:
     moved: Flags | None = None
     ranks_per_node: int | None = None
     _ranks: dict[int, RankPlan] = field(default_factory=dict, repr=False)
+    _hops: dict[int, Hops] = field(default_factory=dict, repr=False)
 
     @property
     def num_ranks(self) -> int:
@@ -105,6 +106,13 @@ class AttnPlan:
         if rank not in self._ranks:
             self._ranks[rank] = self._build_rank(rank)
         return self._ranks[rank]
+
+    def hops(self, dealing: Dealing) -> Hops:
+        """Both hops of ``forward`` or ``backward``, under hierarchy; computed once."""
+        assert self.ranks_per_node is not None
+        if id(dealing) not in self._hops:
+            self._hops[id(dealing)] = two_hops(dealing.table, self.k_layout, self.ranks_per_node)
+        return self._hops[id(dealing)]
 
     def _build_rank(self, rank: int) -> RankPlan:
         if self.moved is None:
@@ -130,7 +138,7 @@ class AttnPlan:
     ) -> tuple[StagePlan, ...]:
         first, arriving = None, np.concatenate([dealing.table, dealing.table[:, SRC : SRC + 1]], axis=1)
         if self.ranks_per_node is not None:
-            hops = two_hops(dealing.table, self.k_layout, self.ranks_per_node)
+            hops = self.hops(dealing)
             first, arriving = of_rank(hops.first, rank), hops.second
         own = of_rank(arriving, rank)
         stages = []
@@ -203,7 +211,7 @@ class AttnPlan:
         """k rows that cross between nodes in a forward pass, all ranks together; 0 where ranks are on no nodes."""
         if self.ranks_per_node is None:
             return 0
-        first = two_hops(self.forward.table, self.k_layout, self.ranks_per_node).first
+        first = self.hops(self.forward).first
         return int((first[:, END] - first[:, BEGIN]).sum())
 
     @property

@@ -10,16 +10,20 @@ from magi_attention.plan import AttnPlan, Exchange, ShardLayout, StagePlan
 
 def deliver(exchanges: list[Exchange], held: list[Ints]) -> list[Ints]:
     """What every rank's receive buffer holds after an exchange (``exchanges``, one a rank) of the rows that they hold: global positions."""
-    mail: list[list[Ints]] = [[] for _ in exchanges]
+    sent = np.array([exchange.send_splits for exchange in exchanges], np.int64)  # [source, destination]
+    expected = np.array([exchange.recv_splits for exchange in exchanges], np.int64).T
+    for source, destination in np.argwhere(sent != expected).tolist():
+        got, wanted = int(sent[source, destination]), int(expected[source, destination])
+        raise AssertionError(f"rank {source} sends {got} rows to {destination}, not {wanted}")
+    letters = []
     for source, exchange in enumerate(exchanges):
         starts, ends = exchange.send_ranges.T
-        rows = held[source][expand(starts, ends - starts)[1]]
-        assert len(rows) == exchange.num_sent, f"rank {source} lays out {len(rows)} rows but sends {exchange.num_sent}"
-        for destination, letter in enumerate(np.split(rows, np.cumsum(exchange.send_splits)[:-1])):
-            expected = exchanges[destination].recv_splits[source]
-            assert len(letter) == expected, f"rank {source} sends {len(letter)} rows to {destination}, not {expected}"
-            mail[destination].append(letter)
-    return [np.concatenate(letters) for letters in mail]
+        letters.append(held[source][expand(starts, ends - starts)[1]])
+        rows = len(letters[-1])
+        assert rows == exchange.num_sent, f"rank {source} lays out {rows} rows but sends {exchange.num_sent}"
+    destination_of = np.repeat(np.tile(np.arange(len(exchanges)), len(exchanges)), sent.ravel())
+    by_destination = np.argsort(destination_of, kind="stable")  # of one destination, by source
+    return np.split(np.concatenate(letters)[by_destination], np.cumsum(sent.sum(axis=0))[:-1])
 
 
 def _held(layout: ShardLayout) -> list[Ints]:
