@@ -1,4 +1,4 @@
-"""Every dispatcher, stage split, hierarchy and moved query, up to 1,024 ranks: carried out on row numbers, as in the fuzz of few."""
+"""Every dispatcher, stage split, hierarchy and moved query, on up to 256 ranks: carried out on row numbers, as in the fuzz of few."""
 
 from __future__ import annotations
 
@@ -52,14 +52,13 @@ def random_mask(rng: np.random.Generator, total: int) -> AttnMask:
 
 def check(num_ranks: int, seed: int, alg: DispatchAlg, stages: str) -> None:
     rng = np.random.default_rng([num_ranks, seed])
-    most = 3 if num_ranks <= 256 else 1  # the check is dense
-    chunk_size = int(rng.integers(1, most + 1))
-    total = num_ranks * chunk_size * int(rng.integers(1, most + 1)) - int(rng.integers(0, chunk_size + 1))
+    chunk_size = int(rng.integers(1, 4))
+    total = num_ranks * chunk_size * int(rng.integers(1, 4)) - int(rng.integers(0, chunk_size + 1))
     plan = build_plan(
         random_mask(rng, total),
         num_ranks,
         DistAttnConfig(DispatchConfig(chunk_size=chunk_size, uneven_shard=seed % 4 == 3, alg=alg), STAGES[stages]),
-        moves_queries=RowBytes(key=2, query=3) if seed % 3 == 1 and num_ranks <= 256 else None,
+        moves_queries=RowBytes(key=2, query=3) if seed % 3 == 1 else None,
         ranks_per_node=int(rng.choice([2, num_ranks // 4])) if seed % 2 else None,
     )
     check_cells(plan)
@@ -76,9 +75,8 @@ def test_dozens_of_ranks(alg: DispatchAlg, stages: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("num_ranks", [256, 1024])
-def test_hundreds_of_ranks(num_ranks: int, seed: int) -> None:
-    check(num_ranks, seed, ALGORITHMS[seed % len(ALGORITHMS)], list(STAGES)[seed % len(STAGES)])
+def test_hundreds_of_ranks(seed: int) -> None:
+    check(256, seed, ALGORITHMS[seed % len(ALGORITHMS)], list(STAGES)[seed % len(STAGES)])
 
 
 def test_queries_on_their_way_to_hundreds_of_ranks() -> None:
