@@ -116,7 +116,8 @@ def test_without_a_hopper_gpu_it_says_so() -> None:
 @on_hopper
 def test_what_it_takes() -> None:
     x = torch.zeros(2, 1, 128, dtype=torch.bfloat16, device="cuda")
-    assert pick(x, x, x, SETTINGS, name="hopper").name == "hopper"
+    assert pick(x, x, x, SETTINGS).name == "hopper"
+    assert pick(x, x, x, replace(SETTINGS, softcap=3.0)).name == "triton"
     for inputs, settings, words in (
         ((x, x, x), replace(SETTINGS, softcap=3.0), "softcap"),
         ((x, x, x), replace(SETTINGS, softmax_scale=-1.0), "positive softmax scales"),

@@ -19,14 +19,15 @@ BACKENDS: dict[str, str] = {
 }
 
 # What "auto" tries on a device, best first. The last takes anything, so there is always one.
-_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "tiled"), "cuda": ("triton", "tiled")}
+_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "tiled"), "cuda": ("hopper", "triton", "tiled")}
 _PREFERRED_ELSEWHERE = ("tiled",)
 
 
 def pick(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings, name: str = "auto") -> Backend:
     """The backend ``name``, or with "auto" the best one for these tensors.
 
-    On a CPU, "auto" sends float64 to ``reference`` and all else to ``cpu``; on a CUDA device it takes ``triton`` where it can be imported.
+    On a CPU, "auto" sends float64 to ``reference`` and all else to ``cpu``; on a CUDA device it takes ``hopper`` where
+    that serves them, and else ``triton`` where it can be imported.
 
     Raises:
         ValueError: no backend of that name, or it cannot be imported here, or it cannot take these tensors.
