@@ -12,7 +12,7 @@ import argparse
 import csv
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -214,16 +214,15 @@ def time_flex(mask: AttnMask, name: str, x: Inputs) -> Timing:
         "window causal 1024": lambda b, h, i, j: (i >= j) & (i - j < 1024),
         "varlen block causal": lambda b, h, i, j: (half[i] == half[j]) & (i // 1024 >= j // 1024),
     }
-    block_mask = torch.compile(create_block_mask)(rules[name], None, None, total, total, device="cuda")
+    block_mask = create_block_mask(rules[name], None, None, total, total, device="cuda")
     torch._dynamo.reset()  # another mask is another kernel; recompilations of earlier ones would exhaust its limit
     compiled = torch.compile(flex_attention, dynamic=False)
     q, k, v, dout = _batched(x)
     return _time_autograd(lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=True), (q, k, v), dout)
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, object]]:
+def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     """One row a (length, mask, method)."""
-    rows: list[dict[str, object]] = []
     for total in args.lengths:
         x = Inputs.random(total)
         for name, mask in masks(total).items():
@@ -237,8 +236,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
                 if total in args.flex_lengths:  # each takes a minute to compile
                     methods["flex"] = partial(time_flex, mask, name, x)
             for method, run in methods.items():
-                rows.append(_row(total, name, method, mask, run))
-    return rows
+                yield _row(total, name, method, mask, run)
 
 
 def _row(total: int, name: str, method: str, mask: AttnMask, run: Callable[[], Timing]) -> dict[str, object]:
@@ -332,9 +330,19 @@ def plot(rows: list[dict[str, object]], picture: Path) -> None:
         axes.set_title(f"{what}, {total:,} tokens", fontsize=10)
         axes.set_ylabel("TFLOP/s")
         axes.grid(axis="y", alpha=0.3)
-    panels[0][0].legend(fontsize=8)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(methods), fontsize=9)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
+
+
+def write_csv(rows: list[dict[str, object]], path: Path) -> None:
+    """One line a row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields = ["tokens", "mask", "method", "forward_tflops", "forward_ms", "backward_tflops", "backward_ms", "error"]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_csv(path: Path) -> list[dict[str, object]]:
@@ -363,14 +371,12 @@ def main(args: argparse.Namespace) -> int:
     failures = 0 if args.skip_check else sum(check(one) for one in args.backends)
     if args.sweep:
         sweep_tiles(args.lengths[0])
-    rows = measure(args)
+    rows: list[dict[str, object]] = []
+    for row in measure(args):
+        rows.append(row)
+        if args.csv is not None:  # after each, for what is measured to outlast what comes after
+            write_csv(rows, args.csv)
     if args.csv is not None:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        fields = ["tokens", "mask", "method", "forward_tflops", "forward_ms", "backward_tflops", "backward_ms", "error"]
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fields)
-            writer.writeheader()
-            writer.writerows(rows)
         plot(rows, args.csv.with_suffix(".png"))
     return failures
 
