@@ -7,6 +7,10 @@ import os
 import torch
 from hypothesis import HealthCheck, settings
 
+# Without a GPU Triton's kernels run in its interpreter, which must be known before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Tests are many and small: more threads cost more than they save, above all where each of several ranks has its own.
 torch.set_num_threads(1)
 

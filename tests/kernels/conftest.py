@@ -5,7 +5,6 @@ A new backend adds a line to `TESTED`; the tests that take ``backend`` (and ``dt
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-# Before Triton's kernels are defined: without a GPU they run in its interpreter.
+from magi_attention.kernels.interface import Backend
+from magi_attention.kernels.registry import load
+from magi_attention.testing.poison import poisoned_memory
+
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
-
-from magi_attention.kernels.interface import Backend  # noqa: E402
-from magi_attention.kernels.registry import load  # noqa: E402
-from magi_attention.testing.poison import poisoned_memory  # noqa: E402
-
 if not HAS_GPU:
     import interpreter_bf16
 

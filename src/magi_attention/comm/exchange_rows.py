@@ -11,8 +11,11 @@ ranks, so that they have the same bits in every run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from types import ModuleType
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,6 +31,7 @@ from magi_attention.plan import Exchange
 CPU_BLOCK_ROWS = 1024
 
 _sent_rows: WeakKeyDictionary[Exchange, dict[torch.device, Tensor]] = WeakKeyDictionary()
+_owners: WeakKeyDictionary[Exchange, dict[torch.device, tuple[Tensor, Tensor, Tensor]]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -47,7 +51,7 @@ def group_cast(
         contiguous last axis.
     """
     row_format = RowFormat.of(tensors)
-    send = row_format.gather(tensors, sent_rows(exchange, tensors[0].device))
+    send = _gather(row_format, tensors, sent_rows(exchange, tensors[0].device))
     return all_to_all_rows(send, exchange.send_splits, exchange.recv_splits, group, label).then(row_format.views)
 
 
@@ -76,6 +80,10 @@ def group_reduce(
 
     def add(arrived: Tensor) -> None:
         for sum_, rows in zip(into, row_format.views(arrived), strict=True):
+            kernels = _kernels(rows, sum_)
+            if kernels is not None:
+                kernels.sum_rows_(sum_, rows, kernels.Owners(*owners(exchange, rows.device)))
+                continue
             for part, at in _by_source(rows, exchange):
                 sum_.index_add_(0, at, part.to(sum_.dtype))
 
@@ -110,6 +118,10 @@ def group_reduce_lse(
     def merge(arrived: Tensor) -> None:
         out, lse = into
         out_rows, lse_rows = row_format.views(arrived)
+        kernels = _kernels(out_rows, lse_rows, out, lse)
+        if kernels is not None:
+            kernels.merge_rows_(out, lse, out_rows, lse_rows, kernels.Owners(*owners(exchange, out.device)))
+            return
         sources = zip(_by_source(out_rows, exchange), _by_source(lse_rows, exchange), strict=True)
         for (out_part, at), (lse_part, _) in sources:
             merged_out, merged_lse = out.index_select(0, at), lse.index_select(0, at)
@@ -127,6 +139,46 @@ def sent_rows(exchange: Exchange, device: torch.device) -> Tensor:
         starts, ends = exchange.send_ranges.T
         by_device[device] = torch.from_numpy(expand(starts, ends - starts)[1]).to(device)
     return by_device[device]
+
+
+def owners(exchange: Exchange, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """``rows [m], begins [m + 1], places [num_sent]`` int64 on ``device``: see `row_kernels.Owners`. Made once for each exchange."""
+    by_device = _owners.setdefault(exchange, {})
+    if device not in by_device:
+        starts, ends = exchange.send_ranges.T
+        local = expand(starts, ends - starts)[1]
+        rows, counts = np.unique(local, return_counts=True)
+        begins = np.concatenate([[0], np.cumsum(counts)])
+        by_device[device] = tuple(  # type: ignore[assignment]
+            torch.from_numpy(x.astype(np.int64)).to(device) for x in (rows, begins, np.argsort(local, kind="stable"))
+        )
+    return by_device[device]
+
+
+def _gather(row_format: RowFormat, tensors: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """As `RowFormat.gather`."""
+    kernels = _kernels(*tensors)
+    if kernels is None:
+        return row_format.gather(tensors, rows)
+    buffer = row_format.empty(len(rows), rows.device)
+    for view, x in zip(row_format.views(buffer), tensors, strict=True):
+        kernels.gather_rows_into(view, x, rows)
+    return buffer
+
+
+def _kernels(*tensors: Tensor) -> ModuleType | None:
+    """The Triton kernels, where there are any and they can take such rows."""
+    kernels = _load_kernels() if all(x.is_cuda for x in tensors) else None
+    return kernels if kernels is not None and kernels.can_take(*tensors) else None
+
+
+@lru_cache(maxsize=1)
+def _load_kernels() -> ModuleType | None:
+    try:
+        from magi_attention.comm import row_kernels
+    except ImportError:  # a torch without Triton
+        return None
+    return row_kernels
 
 
 def _send_back(
