@@ -66,8 +66,9 @@ def make_key(
         digest = _digest(session) if env.sanity_check() else None
     if digest is not None:
         assert_same_plan(digest, group)
-    cache.note_most_recent(key)
-    return key
+    # The very value that the plan was made for, whose handle compiled code may know.
+    cache.note_most_recent(session.key)
+    return session.key
 
 
 @contextmanager

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from magi_attention import env
-from magi_attention.api.keys import pick_backend
+from magi_attention.api.ops import distributed_attn, prepare
 from magi_attention.common.enum import AttnRole
 from magi_attention.common.forward_meta import AttnForwardMeta
-from magi_attention.kernels.interface import AttnSettings
 from magi_attention.runtime import cache, checks
-from magi_attention.runtime.dist_attn import DistributedAttention, ExecutionOptions
+from magi_attention.runtime.dist_attn import DistributedAttention
 from magi_attention.runtime.group import group_device
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.shard import Dispatch, Roll, Undispatch
@@ -136,26 +135,18 @@ def calc_attn(
         [num_heads_q] or None)``. A query that attends nothing (padding too) has output 0, lse -inf (the sink's, with one) and zero
         gradients. Differentiable in q, k, v and sink.
 
+    Under ``torch.compile`` a call is one node of the graph, ``magi_attention::distributed_attn``, and its backward another; another key
+    is another number to it, and compiles nothing anew.
+
     Raises:
         ValueError: tensors that are not what the key was made for, or a key behind which no plan stands.
         CommTimeoutError: a peer did not take part within the process group's timeout; it names who.
     """
-    session = cache.get_session(key)
-    checks.check_qkv(q, k, v, session)
-    checks.check_sink(sink, q)
-    settings = AttnSettings(
-        softmax_scale=float(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale),
-        softcap=float(softcap),
-        deterministic=env.deterministic_mode(),
-        return_max_logits=return_max_logits,
-    )
+    scale = None if softmax_scale is None else float(softmax_scale)
+    if torch.compiler.is_compiling():
+        out, lse, best = distributed_attn(q, k, v, sink, key.handle, scale, float(softcap), return_max_logits)
+        return out, AttnForwardMeta(lse=lse, max_logits=best if return_max_logits else None)
+    session, options = prepare(q, k, v, key, sink, scale, float(softcap), return_max_logits)
     q, k, v = (checks.as_last_contiguous(x) for x in (q, k, v))
-    options = ExecutionOptions(
-        backend=pick_backend(q, k, v, settings),
-        settings=settings,
-        high_precision_forward=env.forward_high_precision_reduce(),
-        high_precision_backward=env.backward_high_precision_reduce(),
-        dsink_reduce_op=env.dsink_all_reduce_op(),
-    )
     out, lse, max_logits = DistributedAttention.apply(q, k, v, sink, session, options)
     return out, AttnForwardMeta(lse=lse, max_logits=max_logits)

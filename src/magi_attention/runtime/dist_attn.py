@@ -168,6 +168,14 @@ def run_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), delta
 
 
+def sink_share(lse: Tensor, sink: Tensor, delta: Tensor, session: Session, options: ExecutionOptions) -> Tensor:
+    """This rank's gradient of the sink, in its shape and dtype: its share, or what `dsink_all_reduce` makes of the ranks' shares."""
+    dsink = sink_gradient(lse, sink, delta)
+    if session.key.cp_group is not None:
+        dsink = dsink_all_reduce(dsink, options.dsink_reduce_op, session.key.cp_group)
+    return dsink.to(sink.dtype)
+
+
 class DistributedAttention(torch.autograd.Function):
     """`run_forward` and `run_backward` as one differentiable function of q, k, v and sink."""
 
@@ -187,10 +195,5 @@ class DistributedAttention(torch.autograd.Function):
         q, k, v, sink, out, lse = ctx.saved_tensors
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         dq, dk, dv, delta = run_backward(dout, q, k, v, out, lse, ctx.session, ctx.options)
-        dsink = None
-        if sink is not None:
-            dsink = sink_gradient(lse, sink, delta)
-            if ctx.session.key.cp_group is not None:
-                dsink = dsink_all_reduce(dsink, ctx.options.dsink_reduce_op, ctx.session.key.cp_group)
-            dsink = dsink.to(sink.dtype)
+        dsink = None if sink is None else sink_share(lse, sink, delta, ctx.session, ctx.options)
         return dq, dk, dv, dsink, None, None

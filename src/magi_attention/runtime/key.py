@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 
 from magi_attention.config import DistAttnConfig
 from magi_attention.mask import AttnMask
+
+_by_handle: WeakValueDictionary[int, DistAttnRuntimeKey] = WeakValueDictionary()
+_handles = count()
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class DistAttnRuntimeKey:
         keeps_dispatch: with a layout_key, whether both sides are laid out as it lays them out.
         moves_queries: whether queries may move instead of keys (MAGI_ATTENTION_QO_COMM); None: where it is plain.
         companions: masks and weights (this key's among them) that one dispatch serves; see `magi_attn_joint_keys`.
+        handle: this value's number in this process, by which operators of torch, which take numbers and tensors alone, know it.
         ranks_per_node: given, keys cross between nodes once (MAGI_ATTENTION_HIERARCHICAL_COMM on a 2-D mesh).
     """
 
@@ -45,6 +51,10 @@ class DistAttnRuntimeKey:
     moves_queries: bool | None = False
     ranks_per_node: int | None = None
     companions: tuple[tuple[AttnMask, float], ...] = field(default=(), repr=False)
+    handle: int = field(default_factory=_handles.__next__, init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _by_handle[self.handle] = self
 
     @property
     def cp_size(self) -> int:
@@ -61,3 +71,8 @@ class DistAttnRuntimeKey:
     @property
     def total_seqlen_k(self) -> int:
         return self.mask.num_k
+
+
+def key_of_handle(handle: int) -> DistAttnRuntimeKey | None:
+    """The key of that `handle`; None where it is gone."""
+    return _by_handle.get(handle)

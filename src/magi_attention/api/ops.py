@@ -1,0 +1,142 @@
+"""Distributed attention as operators of torch: what `torch.compile` sees of `calc_attn`. They know a key by its handle.
+
+    magi_attention::distributed_attn             forward, with a formula for its gradient
+    magi_attention::distributed_attn_backward    that formula
+
+Every rank must run the same calls in the same order, compiled or not: what is compiled on one rank must be on all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magi_attention import env
+from magi_attention.api.keys import pick_backend
+from magi_attention.functional.ops import accumulation_dtype
+from magi_attention.kernels.interface import AttnSettings
+from magi_attention.runtime import cache, checks
+from magi_attention.runtime.dist_attn import ExecutionOptions, run_backward, run_forward, sink_share
+from magi_attention.runtime.key import DistAttnRuntimeKey, key_of_handle
+from magi_attention.runtime.session import Session
+
+_OPTIONS = "Tensor? sink, SymInt handle, float? softmax_scale, float softcap"
+_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_max_logits) -> (Tensor, Tensor, Tensor)"
+_BACKWARD = f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key: DistAttnRuntimeKey,
+    sink: Tensor | None,
+    softmax_scale: float | None,
+    softcap: float,
+    return_max_logits: bool,
+) -> tuple[Session, ExecutionOptions]:
+    """What stands behind a key, and how a call of `calc_attn` is carried out. ValueError: see there."""
+    session = cache.get_session(key)
+    checks.check_qkv(q, k, v, session)
+    checks.check_sink(sink, q)
+    settings = AttnSettings(
+        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        softcap=softcap,
+        deterministic=env.deterministic_mode(),
+        return_max_logits=return_max_logits,
+    )
+    options = ExecutionOptions(
+        backend=pick_backend(*(checks.as_last_contiguous(x) for x in (q, k, v)), settings),
+        settings=settings,
+        high_precision_forward=env.forward_high_precision_reduce(),
+        high_precision_backward=env.backward_high_precision_reduce(),
+        dsink_reduce_op=env.dsink_all_reduce_op(),
+    )
+    return session, options
+
+
+def _key(handle: int) -> DistAttnRuntimeKey:
+    key = key_of_handle(handle)
+    if key is None:
+        raise ValueError(
+            "no plan stands behind this key: it is gone, or it was made in another process. Keep keys for as long as what is compiled with "
+            "them runs, or make them again on every rank"
+        )
+    return key
+
+
+@torch.library.custom_op("magi_attention::distributed_attn", mutates_args=(), schema=_FORWARD)
+def distributed_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    handle: int,
+    softmax_scale: float | None,
+    softcap: float,
+    return_max_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out [num_q, hq, dv], lse [num_q, hq], max_logits [hq] or [0])``; see `calc_attn`."""
+    session, options = prepare(q, k, v, _key(handle), sink, softmax_scale, softcap, return_max_logits)
+    q, k, v = (checks.as_last_contiguous(x) for x in (q, k, v))
+    out, lse, max_logits = run_forward(q, k, v, sink, session, options)
+    return out.contiguous(), lse.contiguous(), lse.new_empty(0) if max_logits is None else max_logits
+
+
+@distributed_attn.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *options: object) -> tuple[Tensor, Tensor, Tensor]:
+    (num_q, hq, _), wide = q.shape, accumulation_dtype(q.dtype)
+    out, lse = q.new_empty(num_q, hq, v.shape[2]), q.new_empty(num_q, hq, dtype=wide)
+    return out, lse, q.new_empty(hq if options[-1] else 0, dtype=wide)
+
+
+@torch.library.custom_op("magi_attention::distributed_attn_backward", mutates_args=(), schema=_BACKWARD)
+def distributed_attn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sink: Tensor | None,
+    handle: int,
+    softmax_scale: float | None,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv)`` of the shapes and dtypes of q, k, v, and ``dsink`` of the sink's, or ``[0]``."""
+    session, options = prepare(q, k, v, _key(handle), sink, softmax_scale, softcap, False)
+    dout, q, k, v = (checks.as_last_contiguous(x) for x in (dout, q, k, v))
+    dq, dk, dv, delta = run_backward(dout, q, k, v, out, lse, session, options)
+    dsink = lse.new_empty(0) if sink is None else sink_share(lse, sink, delta, session, options)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous(), dsink.contiguous()
+
+
+@distributed_attn_backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink: Tensor | None, *options: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsink = lse.new_empty(0) if sink is None else sink.new_empty(sink.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, sink, *ctx.options = inputs
+    out, lse, max_logits = output
+    ctx.save_for_backward(q, k, v, out, lse, sink)
+    ctx.mark_non_differentiable(lse, max_logits)
+
+
+def _differentiate(ctx: Any, dout: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    *tensors, sink = ctx.saved_tensors
+    dq, dk, dv, dsink = distributed_attn_backward(dout, *tensors, sink, *ctx.options[:-1])
+    return dq, dk, dv, None if sink is None else dsink, *(None,) * 4
+
+
+def _refuse(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError("calc_attn is once_differentiable: it has no gradients of gradients")
+
+
+distributed_attn.register_autograd(_differentiate, setup_context=_save)
+distributed_attn_backward.register_autograd(_refuse)
