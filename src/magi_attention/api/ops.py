@@ -41,6 +41,7 @@ def prepare(
     session = cache.get_session(key)
     checks.check_qkv(q, k, v, session)
     checks.check_sink(sink, q)
+    q, k, v = (checks.as_last_contiguous(x) for x in (q, k, v))
     settings = AttnSettings(
         softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
         softcap=softcap,
@@ -48,7 +49,7 @@ def prepare(
         return_max_logits=return_max_logits,
     )
     options = ExecutionOptions(
-        backend=pick_backend(*(checks.as_last_contiguous(x) for x in (q, k, v)), settings),
+        backend=pick_backend(q, k, v, settings),
         settings=settings,
         high_precision_forward=env.forward_high_precision_reduce(),
         high_precision_backward=env.backward_high_precision_reduce(),

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 
 from magi_attention.kernels.triton.interpreter import is_interpreted
+from magi_attention.kernels.triton.spills import SPILLS
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def pick_tiles(head_dim: int, head_dim_v: int, itemsize: int, arch: str) -> Kern
 
 def most_spilled(arch: str, kernel: str, head_dim: int, head_dim_v: int, itemsize: int) -> int:
     """Bytes a thread that the compiler may keep in memory for want of registers, for ``kernel`` forward, dkdv or dq."""
-    return _SPILLS.get((arch, kernel, _columns(head_dim, head_dim_v), itemsize), 0)
+    return SPILLS.get(arch, {}).get((kernel, _columns(head_dim, head_dim_v), itemsize), 0)
 
 
 def _columns(head_dim: int, head_dim_v: int) -> int:
@@ -87,26 +88,6 @@ _CDNA = {
     64: KernelTiles(Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
     128: KernelTiles(Tiles(64, 64, 4, 1), Tiles(32, 64, 4, 1), Tiles(64, 32, 4, 1)),
     256: KernelTiles(Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1)),
-}
-# Entries whose code does not fit the registers, and the bytes a thread it keeps in memory at most; all others keep none there.
-# (architecture, kernel, row of the table, bytes of an element)
-_SPILLS: dict[tuple[str, str, int, int], int] = {
-    ("sm_80", "dkdv", 128, 2): 16,
-    ("sm_86", "forward", 128, 2): 8,
-    ("sm_86", "dkdv", 128, 2): 32,
-    ("sm_86", "dq", 128, 2): 8,
-    ("sm_89", "forward", 128, 2): 8,
-    ("sm_89", "dkdv", 128, 2): 32,
-    ("sm_89", "dq", 128, 2): 8,
-    ("sm_90", "forward", 128, 2): 24,
-    ("sm_90", "dkdv", 128, 2): 192,
-    ("sm_90", "dq", 128, 2): 168,
-    ("sm_90", "forward", 256, 2): 8,
-    ("sm_90", "dkdv", 256, 2): 496,
-    ("sm_90", "dq", 256, 2): 104,
-    ("sm_100", "forward", 128, 2): 24,
-    ("sm_100", "dkdv", 128, 2): 120,
-    ("sm_120", "dkdv", 128, 2): 48,
 }
 # Products of float32 numbers, being IEEE, are made by the ordinary units, whose operands all lie in registers: tiles are small, for any
 # architecture.
