@@ -25,10 +25,19 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 FAMILIES = ["varlen_causal", "shared_prefix", "random_b", "window", "empty_rows"]
 
 
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend that reads masks on the device."""
-    monkeypatch.setenv("MAGI_ATTENTION_BACKEND", "triton")
+@pytest.fixture(autouse=True, params=["triton", "hopper"])
+def backend_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend that reads masks on the device."""
+    name = str(request.param)
+    if name == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    monkeypatch.setenv("MAGI_ATTENTION_BACKEND", name)
+    return name
+
+
+def only_triton(name: str) -> None:
+    if name != "triton":
+        pytest.skip("of heads, dtypes or options that the other does not take")
 
 
 def make(slices: Slices, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -61,7 +70,10 @@ def test_tables_on_the_device_give_the_bits_of_tables_on_the_host(family: str, m
     actual = differentiate(inputs, slices.tables("cuda"))
     monkeypatch.setenv("MAGI_ATTENTION_SANITY_CHECK", "1")  # reads them
     expected = differentiate(inputs, slices.tables("cuda"))
-    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+    repeatable = len(actual) if backend_name == "triton" else 2  # hopper's dq is summed in any order
+    assert all(torch.equal(x, y) for x, y in zip(actual[:repeatable], expected[:repeatable], strict=True))
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2)
 
 
 def test_the_host_does_not_wait() -> None:
@@ -112,7 +124,8 @@ def test_a_graph_makes_its_lists_anew() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_by_inductor(dynamic: bool) -> None:
+def test_compiled_by_inductor(dynamic: bool, backend_name: str) -> None:
+    only_triton(backend_name)
     torch._dynamo.reset()
 
     def layer(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor) -> Any:
@@ -128,8 +141,9 @@ def test_compiled_by_inductor(dynamic: bool) -> None:
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
-def test_more_programs_than_16_bits_count() -> None:
+def test_more_programs_than_16_bits_count(backend_name: str) -> None:
     """Of one-token documents, each of which attends itself: the output is v, the lse the one logit."""
+    only_triton(backend_name)
     num_tokens, num_heads = 1 << 17, 80  # 1,024 tiles of 128 queries and 80 heads, and more of smaller tiles
     q, k, v = (
         torch.randn(num_tokens, num_heads, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -147,8 +161,9 @@ def test_more_programs_than_16_bits_count() -> None:
 
 
 @pytest.mark.long
-def test_more_elements_than_31_bits_count() -> None:
+def test_more_elements_than_31_bits_count(backend_name: str) -> None:
     """Rows that lie beyond 2^31 elements: the last document of a long sequence, whose tiles begin where it does, is as it is alone."""
+    only_triton(backend_name)
     num_tokens, tail, num_heads = (1 << 31) // (64 * 128) + 4096, 1024, 64
     q = torch.randn(num_tokens, num_heads, 128, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(num_tokens, num_heads, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))

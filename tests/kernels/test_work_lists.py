@@ -11,6 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from magi_attention.kernels.hopper.device_segments import build_device_segments
+from magi_attention.kernels.hopper.segments import build_segments
 from magi_attention.kernels.triton import device_lists
 from magi_attention.kernels.triton.device_lists import build_device_bands, build_device_list
 from magi_attention.kernels.triton.work_lists import WorkList, build_work_list, transpose
@@ -89,6 +91,20 @@ def test_lists_of_the_device_are_those_of_the_host(case: tuple[Rows, int, int], 
     assert torch.equal(actual.order.cpu(), expected.order)
     assert used(actual.inner_rows, actual.inner) == used(expected.inner_rows, expected.inner)
     assert used(actual.edge_rows, actual.edges) == used(expected.edge_rows, expected.edges)
+
+
+@settings(max_examples=25)
+@given(slice_tables(), st.sampled_from([8, 16]), st.booleans(), st.booleans())
+def test_segments_of_the_device_are_those_of_the_host(
+    case: tuple[Rows, int, int], tile: int, by_key: bool, strictly: bool
+) -> None:
+    rows, num_q, num_k = case
+    bands, table = host_bands(rows), build_device_bands(*tables(rows), num_q, num_k)
+    length = num_k if by_key else num_q
+    expected = build_segments(transpose(bands) if by_key else bands, length, tile, 8, strictly=strictly)
+    actual = build_device_segments(table, length, tile, 8, by_key=by_key, strictly=strictly)
+    assert torch.equal(actual.order.cpu(), expected.order) and torch.equal(actual.rows.cpu(), expected.rows)
+    assert torch.equal(actual.segments[: len(expected.segments)].cpu(), expected.segments)
 
 
 def test_many_slices() -> None:

@@ -16,6 +16,7 @@ from magi_attention.kernels import triton as portable
 from magi_attention.kernels.hopper.backward import backward_kernel
 from magi_attention.kernels.hopper.configs import BACKWARD_TILES, CONSUMER_ROWS, FORWARD_TILES, HEAD_DIMS, NUM_CONSUMERS
 from magi_attention.kernels.hopper.descriptors import MOST_PLACES, describe_rows, why_not
+from magi_attention.kernels.hopper.device_segments import build_device_segments, fits
 from magi_attention.kernels.hopper.forward import forward_kernel
 from magi_attention.kernels.hopper.segments import SegmentList, build_segments
 from magi_attention.kernels.hopper.statistics import statistics_by_head
@@ -49,11 +50,22 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings) -> str 
 def _segments(mask: KernelMask, tile: int, block: int, device: torch.device, *, by_key: bool) -> SegmentList:
     at = ("hopper", tile, block, device, by_key)
     if at not in mask.derived:
-        bands, length = (transpose(mask.bands), mask.num_k) if by_key else (mask.bands, mask.num_q)
+        length = mask.num_k if by_key else mask.num_q
         # Tiles of keys that share queries run side by side, so that these are read once: cheaper than perfect order of work.
-        mask.derived[at] = build_segments(bands, length, tile, block, strictly=not by_key).to(device)
+        strictly = not by_key
+        if isinstance(mask, DeviceMask):
+            bands = portable.device_bands(mask)
+            mask.derived[at] = build_device_segments(bands, length, tile, block, by_key=by_key, strictly=strictly)
+        else:
+            table = transpose(mask.bands) if by_key else mask.bands
+            mask.derived[at] = build_segments(table, length, tile, block, strictly=strictly).to(device)
     segments: SegmentList = mask.derived[at]
     return segments
+
+
+def _finds_room(mask: KernelMask, length: int, tile: int) -> bool:
+    """Whether its segments can be listed without waiting for the device to count them."""
+    return not isinstance(mask, DeviceMask) or fits(len(mask.q_ranges), length, tile)
 
 
 @lru_cache(maxsize=16)
@@ -74,12 +86,13 @@ def forward(
     """See `Backend.forward`."""
     (num_q, hq, d), group = q.shape, q.shape[1] // k.shape[1]
     raw = settings.return_max_logits
-    if isinstance(mask, DeviceMask):
+    rows = CONSUMER_ROWS * NUM_CONSUMERS
+    if not _finds_room(mask, num_q, rows):
         return portable.forward(q, k, v, mask, settings, into=into, out_dtype=out_dtype)
-    if not len(mask.bands) or not q.numel():
+    if portable.attends_nothing(mask) or not q.numel():
         return into or empty_partial(q, d, out_dtype, with_max_logits=raw)
     tiles = FORWARD_TILES[d]
-    work = _segments(mask, CONSUMER_ROWS * NUM_CONSUMERS, tiles.block, q.device, by_key=False)
+    work = _segments(mask, rows, tiles.block, q.device, by_key=False)
     if into is None:
         out = torch.empty(num_q, hq, d, dtype=out_dtype or torch.float32, device=q.device)
         lse = torch.empty(num_q, hq, dtype=torch.float32, device=q.device)
@@ -121,19 +134,19 @@ def backward(
     grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend.backward`."""
-    if settings.deterministic or isinstance(mask, DeviceMask):
+    keys = CONSUMER_ROWS * NUM_CONSUMERS
+    if settings.deterministic or not _finds_room(mask, k.shape[0], keys):
         return portable.backward(dout, q, k, v, lse, delta, mask, settings, dq=dq, grad_dtype=grad_dtype)
     grad_dtype = grad_dtype or torch.float32
     (num_k, hk, d), hq = k.shape, q.shape[1]
     dk, dv = (torch.empty(x.shape, dtype=grad_dtype, device=x.device) for x in (k, v))
-    if not len(mask.bands) or not q.numel() or not k.numel():
+    if portable.attends_nothing(mask) or not q.numel() or not k.numel():
         return torch.zeros(q.shape, dtype=grad_dtype, device=q.device) if dq is None else dq, dk.zero_(), dv.zero_()
     wide_dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if dq is None else dq
     assert wide_dq.is_contiguous(), "accumulated gradients are made contiguous"
     dout = dout.to(q.dtype)
     dout = dout if why_not("dout", dout) is None else dout.contiguous()
     tiles = BACKWARD_TILES[d]
-    keys = CONSUMER_ROWS * NUM_CONSUMERS
     d_lse, d_delta, length = statistics_by_head(lse.contiguous(), delta.contiguous(), tiles.block)
     work = _segments(mask, keys, tiles.block, q.device, by_key=True)
     at_once = max(1, round(_num_programs(q.device) / work.num_tiles))

@@ -46,7 +46,7 @@ def _work_list(mask: KernelMask, tile: int, block: int, device: torch.device, *,
     if at not in mask.derived:
         length = mask.num_k if by_key else mask.num_q
         if isinstance(mask, DeviceMask):
-            mask.derived[at] = build_device_list(_device_bands(mask), length, tile, block, by_key=by_key)
+            mask.derived[at] = build_device_list(device_bands(mask), length, tile, block, by_key=by_key)
         else:
             bands = transpose(mask.bands) if by_key else mask.bands
             mask.derived[at] = build_work_list(bands, length, tile, block).to(device)
@@ -54,7 +54,8 @@ def _work_list(mask: KernelMask, tile: int, block: int, device: torch.device, *,
     return work
 
 
-def _device_bands(mask: DeviceMask) -> Tensor:
+def device_bands(mask: DeviceMask) -> Tensor:
+    """`build_device_bands` of a mask, made once."""
     if "triton bands" not in mask.derived:
         mask.derived["triton bands"] = build_device_bands(
             mask.q_ranges, mask.k_ranges, mask.types, mask.num_q, mask.num_k
@@ -63,7 +64,7 @@ def _device_bands(mask: DeviceMask) -> Tensor:
     return bands
 
 
-def _attends_nothing(mask: KernelMask) -> bool:
+def attends_nothing(mask: KernelMask) -> bool:
     """Whether that is known without asking the device."""
     return not isinstance(mask, DeviceMask) and not len(mask.bands)
 
@@ -113,7 +114,7 @@ def forward(
     """See `Backend.forward`."""
     (num_q, hq, _), (num_k, hk, dv) = q.shape, v.shape
     raw = settings.return_max_logits
-    if _attends_nothing(mask) or not q.numel():
+    if attends_nothing(mask) or not q.numel():
         return into or empty_partial(q, dv, out_dtype, with_max_logits=raw)
     tiles = _tiles(q, v).forward
     work = _work_list(mask, tiles.q, tiles.k, q.device, by_key=False)
@@ -156,7 +157,7 @@ def backward(
     """See `Backend.backward`."""
     grad_dtype = grad_dtype or torch.float32
     (num_q, hq, _), (num_k, hk, dv_columns) = q.shape, v.shape
-    if _attends_nothing(mask) or not q.numel() or not k.numel():
+    if attends_nothing(mask) or not q.numel() or not k.numel():
         dq = torch.zeros(q.shape, dtype=grad_dtype, device=q.device) if dq is None else dq
         dk, dv = (torch.zeros(x.shape, dtype=grad_dtype, device=x.device) for x in (k, v))
         return dq, dk, dv

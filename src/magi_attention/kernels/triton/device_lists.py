@@ -139,17 +139,23 @@ def _load_bands(p_bands, o_rows, num_rows, BY_KEY: tl.constexpr):
 
 
 @triton.jit
-def _segments(p_bands, o_rows, num_rows, num_q, tile, BY_KEY: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):
-    """What `build_work_list` makes of rows of the table, in one tile: the piece, its inner part, and which segments it has."""
+def load_pieces(p_bands, o_rows, num_rows, num_q, tile, BY_KEY: tl.constexpr, TILE: tl.constexpr):
+    """Rows of the table cut to a tile, tight; which of them are left; which span all of its queries."""
     q0, q1, k0, k1, lo, hi = _load_bands(p_bands, o_rows, num_rows, BY_KEY)
     start = tile * TILE
     end = tl.minimum(start + TILE, num_q)
     meets = (q0 < end) & (q1 > start)
     q0, q1, k0, k1, lo, hi, kept = _tightened(tl.maximum(q0, start), tl.minimum(q1, end), k0, k1, lo, hi)
-    kept = kept & meets
+    return q0, q1, k0, k1, lo, hi, kept & meets, (q0 == start) & (q1 == end)
+
+
+@triton.jit
+def _segments(p_bands, o_rows, num_rows, num_q, tile, BY_KEY: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):
+    """What `build_work_list` makes of rows of the table, in one tile: the piece, its inner part, and which segments it has."""
+    q0, q1, k0, k1, lo, hi, kept, whole = load_pieces(p_bands, o_rows, num_rows, num_q, tile, BY_KEY, TILE)
     inner_begin = tl.maximum(k0, q1 - 1 + lo)
     length = tl.maximum(tl.minimum(k1, q0 + hi + 1) - inner_begin, 0) // STEP * STEP
-    has_inner = kept & (q0 == start) & (q1 == end) & (length > 0)
+    has_inner = kept & whole & (length > 0)
     inner_begin = tl.where(has_inner, inner_begin, k1)
     inner_end = tl.where(has_inner, inner_begin + length, k1)
     has_left = kept & (k0 < inner_begin)
@@ -184,7 +190,7 @@ def _count_kernel(
 
 
 @triton.jit
-def _places(first, has):
+def places(first, has):
     """Of those that have one, one after another from ``first``."""
     count = has.to(tl.int32)
     return first + tl.cumsum(count, 0) - count
@@ -215,11 +221,11 @@ def _fill_kernel(
             q0, q1, k0, k1, lo, hi, begin, end, has_inner, has_left, has_right = _segments(
                 p_bands, first + tl.arange(0, BLOCK), num_rows, num_q, tile, BY_KEY, TILE, STEP
             )
-            p_segments = p_inner + _places(at_inner, has_inner) * 2
+            p_segments = p_inner + places(at_inner, has_inner) * 2
             tl.store(p_segments, begin, mask=has_inner)
             tl.store(p_segments + 1, end, mask=has_inner)
-            _store_row(p_edges, _places(at_left, has_left), k0, begin, lo, hi, q0, q1, has_left)
-            _store_row(p_edges, _places(at_right, has_right), end, k1, lo, hi, q0, q1, has_right)
+            _store_row(p_edges, places(at_left, has_left), k0, begin, lo, hi, q0, q1, has_left)
+            _store_row(p_edges, places(at_right, has_right), end, k1, lo, hi, q0, q1, has_right)
             at_inner += tl.sum(has_inner.to(tl.int32), 0)
             at_left += tl.sum(has_left.to(tl.int32), 0)
             at_right += tl.sum(has_right.to(tl.int32), 0)

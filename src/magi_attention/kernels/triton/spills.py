@@ -54,6 +54,17 @@ SPILLS: dict[str, dict[tuple[str, int, int], int]] = {
         ("forward", 256, 2): 824,
         ("forward", 256, 4): 16,
     },
+    "sm_120": {
+        ("dkdv", 128, 4): 248,
+        ("dkdv", 256, 2): 16,
+        ("dkdv", 256, 4): 2120,
+        ("dq", 64, 2): 48,
+        ("dq", 256, 2): 32,
+        ("dq", 256, 4): 16,
+        ("forward", 64, 2): 8,
+        ("forward", 256, 2): 24,
+        ("forward", 256, 4): 16,
+    },
 }
 # The same code.
 SPILLS["sm_89"] = SPILLS["sm_86"]
