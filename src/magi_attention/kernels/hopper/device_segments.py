@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from magi_attention.kernels.hopper.segments import NUM_COLUMNS, SegmentList
-from magi_attention.kernels.triton.device_lists import load_pieces, places
+from magi_attention.kernels.triton.device_lists import load_pieces, places, store_six
 
 _BLOCK = 128
 # Segments for which room is made at most, 128 MB of them. Each slice may meet each tile: where that is more, the host has to count.
@@ -62,12 +62,7 @@ def _count_kernel(
 
 @triton.jit
 def _store_segments(p, b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7, mask):
-    tl.store(p, b_0, mask=mask)
-    tl.store(p + 1, b_1, mask=mask)
-    tl.store(p + 2, b_2, mask=mask)
-    tl.store(p + 3, b_3, mask=mask)
-    tl.store(p + 4, b_4, mask=mask)
-    tl.store(p + 5, b_5, mask=mask)
+    store_six(p, b_0, b_1, b_2, b_3, b_4, b_5, mask)
     tl.store(p + 6, b_6, mask=mask)
     tl.store(p + 7, b_7, mask=mask)
 

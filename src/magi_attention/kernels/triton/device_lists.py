@@ -88,8 +88,8 @@ def _load_range(p, o_slices, m_slices, length):
 
 
 @triton.jit
-def _store_row(p_rows, o_rows, b_0, b_1, b_2, b_3, b_4, b_5, m_rows):
-    p = p_rows + o_rows * 6
+def store_six(p, b_0, b_1, b_2, b_3, b_4, b_5, m_rows):
+    """Six columns of rows that begin at ``p``."""
     tl.store(p, b_0, mask=m_rows)
     tl.store(p + 1, b_1, mask=m_rows)
     tl.store(p + 2, b_2, mask=m_rows)
@@ -115,8 +115,8 @@ def _prepare_kernel(
     given = (q0 < q1) & (k0 < k1)
     q0, q1, k0, k1, lo, hi, kept = _tightened(q0, q1, k0, k1, lo, hi)
     kept = kept & given
-    _store_row(
-        p_bands, o_slices, tl.where(kept, q0, 0), tl.where(kept, q1, 0), tl.where(kept, k0, 0), tl.where(kept, k1, 0),
+    store_six(
+        p_bands + o_slices * 6, tl.where(kept, q0, 0), tl.where(kept, q1, 0), tl.where(kept, k0, 0), tl.where(kept, k1, 0),
         tl.where(kept, lo, 0), tl.where(kept, hi, 0), m_slices,
     )  # fmt: skip
 
@@ -206,7 +206,7 @@ def _fill_kernel(
     for first in range(tile * BLOCK, num_rows, num_tiles * BLOCK):
         o_rows = first + tl.arange(0, BLOCK)
         q0, q1, k0, k1, lo, hi = _load_bands(p_bands, o_rows, num_rows, BY_KEY)
-        _store_row(p_edges, o_rows, k0, k1, lo, hi, q0, q1, o_rows < num_rows)
+        store_six(p_edges + o_rows * 6, k0, k1, lo, hi, q0, q1, o_rows < num_rows)
     inner_end = tl.load(p_ends + tile)
     edge_end = tl.load(p_ends + num_tiles + tile)
     if (inner_end <= room) & (edge_end <= 2 * room):
@@ -224,8 +224,8 @@ def _fill_kernel(
             p_segments = p_inner + places(at_inner, has_inner) * 2
             tl.store(p_segments, begin, mask=has_inner)
             tl.store(p_segments + 1, end, mask=has_inner)
-            _store_row(p_edges, places(at_left, has_left), k0, begin, lo, hi, q0, q1, has_left)
-            _store_row(p_edges, places(at_right, has_right), end, k1, lo, hi, q0, q1, has_right)
+            store_six(p_edges + places(at_left, has_left) * 6, k0, begin, lo, hi, q0, q1, has_left)
+            store_six(p_edges + places(at_right, has_right) * 6, end, k1, lo, hi, q0, q1, has_right)
             at_inner += tl.sum(has_inner.to(tl.int32), 0)
             at_left += tl.sum(has_left.to(tl.int32), 0)
             at_right += tl.sum(has_right.to(tl.int32), 0)
