@@ -60,6 +60,7 @@ class _BackwardInput(ctypes.Structure):
         ("dout", _View),
         ("dout_dtype", ctypes.c_int32),
         *((field, ctypes.c_void_p) for field in ("lse", "delta", "dq", "dk", "dv")),
+        ("narrow", ctypes.c_int32),
         ("add_to_dq", ctypes.c_int32),
     ]
 
@@ -162,10 +163,12 @@ def backward(
     if library is None:
         return tiled.backward(dout, q, k, v, lse, delta, mask, settings, dq=dq, grad_dtype=grad_dtype)
     grad_dtype = grad_dtype or torch.float32
-    dk, dv = (torch.empty(x.shape, dtype=torch.float32) for x in (k, v))
-    dq_wide = torch.empty(q.shape, dtype=torch.float32) if dq is None or not dq.is_contiguous() else dq
+    narrow = dq is None and grad_dtype == q.dtype  # else gradients are computed in float32, and converted here
+    written = q.dtype if narrow else torch.float32
+    dk, dv = (torch.empty(x.shape, dtype=written) for x in (k, v))
+    own_dq = torch.empty(q.shape, dtype=written) if dq is None or not dq.is_contiguous() else dq
     if not len(mask.bands) or not q.numel() or not k.numel():
-        for x in (dk, dv) if dq_wide is dq else (dk, dv, dq_wide):
+        for x in (dk, dv) if own_dq is dq else (dk, dv, own_dq):
             x.zero_()
     else:
         if dout.dtype not in (torch.float32, q.dtype) or (dout.stride(-1) != 1 and dout.shape[-1] > 1):
@@ -174,15 +177,16 @@ def backward(
         given = _BackwardInput(
             _view(dout),
             _DTYPES[dout.dtype],
-            *(_address(x) for x in (lse, delta, dq_wide, dk, dv)),
-            dq_wide is dq,
+            *(_address(x) for x in (lse, delta, own_dq, dk, dv)),
+            narrow and q.dtype != torch.float32,
+            own_dq is dq,
         )
         problem = _problem(q, k, v, mask, settings)
         _check(library.magi_cpu_backward(ctypes.byref(problem), ctypes.byref(given)))
     if dq is None:
-        return dq_wide.to(grad_dtype), dk.to(grad_dtype), dv.to(grad_dtype)
-    if dq_wide is not dq:
-        dq += dq_wide
+        return own_dq.to(grad_dtype), dk.to(grad_dtype), dv.to(grad_dtype)
+    if own_dq is not dq:
+        dq += own_dq
     return dq, dk.to(grad_dtype), dv.to(grad_dtype)
 
 

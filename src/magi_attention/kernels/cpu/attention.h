@@ -3,6 +3,10 @@
 // Shapes: num_q, num_k tokens; hq, hk heads, hq % hk == 0; d, dv head dims. Tensors have strides for tokens and heads, in elements; the last axis
 // is contiguous. A band row is (q0, q1, k0, k1, lo, hi): cell (i, j) of its rectangle is attended when lo <= j - i <= hi.
 #pragma once
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -42,8 +46,9 @@ struct BackwardInput {
   View dout;
   int32_t dout_dtype;
   const float *lse, *delta;  // [num_q, hq]
-  float *dq, *dk, *dv;       // float, contiguous, [tokens, heads, columns]
-  int32_t add_to_dq;         // else dq is written
+  void *dq, *dk, *dv;        // contiguous, [tokens, heads, columns], in float or, where `narrow`, q's dtype
+  int32_t narrow;
+  int32_t add_to_dq;         // else dq is written; not where `narrow`
 };
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
@@ -68,10 +73,22 @@ static void parallel(int64_t count, int threads, Task&& task) {
   for (auto& t : others) t.join();
 }
 
+// Memory that was just allocated and will be written: where it is large, in large pages. The system hands out small ones at a tenth of the speed
+// at which a core writes.
+static inline void prefer_large_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 1 << 21;
+  uintptr_t begin = ((uintptr_t)data + page - 1) / page * page, end = ((uintptr_t)data + bytes) / page * page;
+  if (begin + 2 * page <= end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // where it fails, pages are small
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 // Memory that is not initialised, aligned to a cache line.
 struct Buffer {
   float* data = nullptr;
-  explicit Buffer(size_t count) : data((float*)::operator new(count * 4 + 64, std::align_val_t(64))) {}
+  explicit Buffer(size_t count) : data((float*)::operator new(count * 4 + 64, std::align_val_t(64))) { prefer_large_pages(data, count * 4); }
   ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

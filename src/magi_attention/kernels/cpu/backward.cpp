@@ -112,8 +112,8 @@ struct Kernel {
   // A tile of queries of one head against the packed block of keys.
   void tile(const BandBlock& block, const Strip* strips, int count, int64_t h) const {
     int64_t base = block.a / E::n * E::n, skipped = block.a - base;
-    copy_rows<T, E>(p.q, block.a, block.b, h, s.in, s.q_rows + skipped * s.in.stride);
-    copy_rows<D, E>(in.dout, block.a, block.b, h, s.out, s.dout_rows + skipped * s.out.stride);
+    copy_rows<T, E>(p.q, block.a, block.b, h, 1, s.in, s.q_rows + skipped * s.in.stride, 0);
+    copy_rows<D, E>(in.dout, block.a, block.b, h, 1, s.out, s.dout_rows + skipped * s.out.stride, 0);
     pack_across<E>(s.q_rows, s.in, TILE_Q, (int)skipped, (int)(block.b - base), s.q_across);
     pack_across<E>(s.dout_rows, s.out, TILE_Q, (int)skipped, (int)(block.b - base), s.dout_across);
     auto along = [&](const float* rows, const Columns<E>& columns, const float* panels, float* to) {
@@ -176,20 +176,24 @@ struct Kernel {
     std::fill(s.dk + 0, s.dk + BLOCK_K * s.in.padded, 0.f);
     std::fill(s.dv + 0, s.dv + BLOCK_K * s.out.padded, 0.f);
     if (first < last) {
-      copy_rows<T, E>(p.k, kb + first, kb + last, kv, s.in, s.rows + first * s.in.stride);
+      copy_rows<T, E>(p.k, kb + first, kb + last, kv, 1, s.in, s.rows + first * s.in.stride, 0);
       pack_along<E>(s.rows, s.in, first, last, s.k_along);
       pack_across<E>(s.rows, s.in, BLOCK_K, first, last, s.k_across);
-      copy_rows<T, E>(p.v, kb + first, kb + last, kv, s.out, s.rows + first * s.out.stride);
+      copy_rows<T, E>(p.v, kb + first, kb + last, kv, 1, s.out, s.rows + first * s.out.stride, 0);
       pack_along<E>(s.rows, s.out, first, last, s.v_along);
     }
     each_tile(number, [&](const BandBlock& x, const Strip* strips, int count) {
       for (int64_t g = 0; g < group; g++) tile(x, strips, count, kv * group + g);
     });
     for (int64_t c = kb; c < end; c++) {
-      const float *dk = s.dk + (c - kb) * s.in.padded, *dv = s.dv + (c - kb) * s.out.padded;
-      std::copy(dk, dk + p.d, in.dk + (c * p.hk + kv) * p.d);
-      std::copy(dv, dv + p.dv, in.dv + (c * p.hk + kv) * p.dv);
+      write(s.dk + (c - kb) * s.in.padded, p.d, in.dk, c * p.hk + kv);
+      write(s.dv + (c - kb) * s.out.padded, p.dv, in.dv, c * p.hk + kv);
     }
+  }
+
+  void write(const float* from, int64_t columns, void* to, int64_t row) const {
+    if (in.narrow) narrow_row(from, columns, (T*)to + row * columns);
+    else narrow_row(from, columns, (float*)to + row * columns);
   }
 
   // act(band cut to tile and block, its strips, their number), where there are any.
@@ -216,13 +220,17 @@ void run(const Problem& p, const BackwardInput& in) {
   int64_t units = p.hk * parts.count();
   std::vector<std::unique_ptr<Scratch<E>>> scratch(std::min<int64_t>(p.threads, units));
   for (auto& s : scratch) s = std::make_unique<Scratch<E>>(p.d, p.dv);
+  size_t size = in.narrow ? sizeof(T) : 4;
+  if (!in.add_to_dq) prefer_large_pages(in.dq, p.num_q * p.hq * p.d * size);
+  prefer_large_pages(in.dk, p.num_k * p.hk * p.d * size);
+  prefer_large_pages(in.dv, p.num_k * p.hk * p.dv * size);
   parts.clear();
   parallel(units, p.threads, [&](int64_t unit, int worker) {
     Kernel<T, D, E> kernel{p, in, index, parts, *scratch[worker]};
     Range blocks = parts.blocks(unit / p.hk);
     for (int64_t b = blocks.begin; b < blocks.end; b++) kernel.block(b, unit % p.hk);
   });
-  parts.add_up();
+  parts.add_up<T>();
 }
 
 template <class T>

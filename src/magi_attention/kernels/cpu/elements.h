@@ -52,3 +52,8 @@ static inline void narrow(float x, fp16* out) {
   }
   out->bits = half | (uint16_t)(sign >> 16);
 }
+
+template <class T>
+static inline void narrow_row(const float* __restrict from, int64_t count, T* __restrict to) {
+  for (int64_t i = 0; i < count; i++) narrow(from[i], to + i);
+}

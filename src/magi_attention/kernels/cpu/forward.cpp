@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t ROWS_WANTED = 960;  // queries x heads of a stretch: they pay for packing, and their outputs stay in the caches
+constexpr int64_t ROWS_WANTED = 480;  // queries x heads of a stretch: they pay for packing, and their outputs stay in the caches
 
 // One tile of a stretch against one block of keys, by one band.
 struct Job { int32_t block, tile; int64_t band; };
@@ -20,9 +20,10 @@ struct Scratch {
   Buffer rows, keys, values, q, scores, out, top, total, raw_top;  // total: VL partial sums a row
   std::vector<Job> jobs;
   template <class E>
-  Scratch(const Columns<E>& k, const Columns<E>& v, int64_t num_rows, int64_t max_jobs)
-      : rows(BLOCK_K * std::max(k.stride, v.stride)), keys(BLOCK_K * k.stride), values(BLOCK_K / E::n * v.padded), q(TILE_Q * k.stride),
-        scores(TILE_Q * LEAD), out(num_rows * v.padded), top(num_rows), total(num_rows * VL), raw_top(num_rows) {
+  Scratch(const Columns<E>& k, const Columns<E>& v, int64_t group, int64_t queries, int64_t max_jobs)
+      : rows(BLOCK_K * std::max(k.stride, v.stride)), keys(BLOCK_K * k.stride), values(BLOCK_K / E::n * v.padded),
+        q(group * TILE_Q * k.stride), scores(TILE_Q * LEAD), out(group * queries * v.padded), top(group * queries), total(group * queries * VL),
+        raw_top(group * queries) {
     jobs.reserve(max_jobs);
   }
 };
@@ -91,14 +92,14 @@ struct Kernel {
         pack(s.jobs[first].block * (int64_t)BLOCK_K, begin, end);
         for (size_t i = first; i < last; i++) attend(cut(s.jobs[i]));
       }
-      for (int64_t g = 0; g < k.group(); g++)
-        for (int64_t r = q0; r < q1; r++) finish(r, kv * k.group() + g, row_of_head(g) + r - q0);
+      for (int64_t r = q0; r < q1; r++)
+        for (int64_t g = 0; g < k.group(); g++) finish(r, kv * k.group() + g, row_of_head(g) + r - q0);
     }
 
     void pack(int64_t kb, int begin, int end) const {
       const auto& k = kernel;
       auto rows_of = [&](const View& x, const Columns<E>& columns) {
-        copy_rows<T, E>(x, kb + begin, kb + end, kv, columns, s.rows + begin * columns.stride);
+        copy_rows<T, E>(x, kb + begin, kb + end, kv, 1, columns, s.rows + begin * columns.stride, 0);
         return s.rows + 0;
       };
       pack_along<E>(rows_of(k.p.k, k.k_columns), k.k_columns, begin, end, s.keys);
@@ -110,12 +111,14 @@ struct Kernel {
       const Columns<E>&in = k.k_columns, &out = k.v_columns;
       Strip strips[MAX_STRIPS];
       int count = block.strips(strips);
+      if (!count) return;
       auto scores = [&](int64_t row) { return s.scores + (row - block.a) * LEAD; };
-      for (int64_t g = 0; g < k.group() && count; g++) {
+      int64_t apart = TILE_Q * in.stride;
+      copy_rows<T, E>(k.p.q, block.a, block.b, kv * k.group(), k.group(), in, s.q, apart);
+      for (int64_t g = 0; g < k.group(); g++) {
         int64_t to = row_of_head(g) - q0;
-        copy_rows<T, E>(k.p.q, block.a, block.b, kv * k.group() + g, in, s.q);
         each_panel(strips, count, [&](int c, int vectors, const Strip& x) {
-          multiply<E, false>(x.rows, vectors, (int)in.words, s.q + (x.row - block.a) * in.stride, in.stride, 1,
+          multiply<E, false>(x.rows, vectors, (int)in.words, s.q + g * apart + (x.row - block.a) * in.stride, in.stride, 1,
                              s.keys + c / NR * NR * in.stride + c % NR, scores(x.row) + c, LEAD);
         });
         for (int i = 0; i < count; i++)
@@ -186,7 +189,7 @@ struct Kernel {
       const ForwardOutput& o = kernel.o;
       int64_t at = r * p.hq + h;
       const float* src = s.out + j * kernel.v_columns.padded;
-      float total = sum(s.total + j * VL);
+      float total = sum(load(s.total + j * VL));
       s.total[j * VL] = total;
       bool any = total != 0;
       float lse = any ? (s.top[j] + std::log2(total)) * LN2 : -INFINITY, weight = any ? 1.f / total : 0.f;
@@ -241,10 +244,11 @@ void run(const Problem& p, const ForwardOutput& o) {
   }
   std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return work[x] > work[y]; });
 
+  if (!o.merge) prefer_large_pages(o.out_wide ? o.out_wide : o.out_narrow, p.num_q * p.hq * p.dv * (o.out_wide ? 4 : sizeof(T)));
   int64_t queries = kernel.tiles_wanted * TILE_Q;
   std::vector<float> tops(o.max_logits ? stretches * p.hq : 0, -INFINITY);
   std::vector<std::unique_ptr<Scratch>> scratch(std::min<int64_t>(p.threads, count));
-  for (auto& s : scratch) s = std::make_unique<Scratch>(kernel.k_columns, kernel.v_columns, group * queries, work[order[0]]);
+  for (auto& s : scratch) s = std::make_unique<Scratch>(kernel.k_columns, kernel.v_columns, group, queries, work[order[0]]);
   parallel(count, p.threads, [&](int64_t task, int worker) {
     int64_t i = order[task / p.hk], q0 = i * queries;
     typename Kernel<T>::Stretch stretch{kernel, *scratch[worker], q0, std::min(q0 + queries, p.num_q), task % p.hk};

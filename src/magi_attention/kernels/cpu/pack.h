@@ -22,19 +22,31 @@ static const T* row_of(const View& x, int64_t token, int64_t head) {
   return (const T*)x.data + token * x.token + head * x.head;
 }
 
-// Tokens [begin, end) of a head; a row's words past its columns are 0.
+// One row; its words past its columns are 0.
 template <class T, class E>
-static void copy_rows(const View& x, int64_t begin, int64_t end, int64_t head, const Columns<E>& columns, float* to) {
-  for (int64_t t = begin; t < end; t++, to += columns.stride) {
-    const T* src = row_of<T>(x, t, head);
-    if constexpr (E::n == 1) {
-      for (int64_t c = 0; c < columns.count; c++) to[c] = widen(src[c]);
-      std::fill(to + columns.count, to + columns.stride, 0.f);
-    } else {
-      memcpy(to, src, columns.count * sizeof(T));
-      memset((char*)to + columns.count * sizeof(T), 0, columns.stride * 4 - columns.count * sizeof(T));
-    }
+static inline void copy_row(const T* src, const Columns<E>& columns, float* to) {
+  if constexpr (E::n == 1) {
+    for (int64_t c = 0; c < columns.count; c++) to[c] = widen(src[c]);
+    std::fill(to + columns.count, to + columns.stride, 0.f);
+  } else {
+    memcpy(to, src, columns.count * sizeof(T));
+    memset((char*)to + columns.count * sizeof(T), 0, columns.stride * 4 - columns.count * sizeof(T));
   }
+}
+
+// Tokens [begin, end) of heads [head, head + heads), which are `apart` words from one another in `to`. Memory is read token by token: rows of
+// one head are too far apart for the processor to fetch them ahead.
+template <class T, class E>
+static void copy_rows(const View& x, int64_t begin, int64_t end, int64_t head, int64_t heads, const Columns<E>& columns, float* to,
+                      int64_t apart) {
+  constexpr int64_t ahead = 8;
+  int64_t bytes = columns.count * (int64_t)sizeof(T);
+  for (int64_t t = begin; t < end; t++, to += columns.stride)
+    for (int64_t h = 0; h < heads; h++) {
+      const char* later = (const char*)row_of<T>(x, std::min(t + ahead, end - 1), head + h);
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(later + at);
+      copy_row<T, E>(row_of<T>(x, t, head + h), columns, to + h * apart);
+    }
 }
 
 // Of a block's rows, those of tokens [begin, end) and up to whole vectors.

@@ -1,10 +1,11 @@
 // The partitions of the keys whose backwards run side by side, and where each adds its dq.
 //
-// Of the partitions that reach a tile of queries, the first adds to the caller's dq; the others to buffers of their own, which are added to it at
-// the end, in order. So masks of documents or of a window need next to no buffers.
+// Of the partitions that reach a tile of queries, the first adds to the caller's dq (or, where that is to be in a narrower type, to one in float);
+// the others to buffers of their own, which are added to it at the end, in order. So masks of documents or of a window need next to no buffers.
 #pragma once
 #include "attention.h"
 #include "bands.h"
+#include "elements.h"
 
 struct Range {
   int64_t begin, end;
@@ -29,6 +30,8 @@ class Partitions {
       divide(blocks, wanted);
       if (buffer_rows() <= BUFFERS_ALLOWED * p.num_q) break;
     }
+    if (in.narrow) wide = std::make_unique<Buffer>(p.num_q * p.hq * p.d);
+    dq = in.narrow ? wide->data : (float*)in.dq;
     for (const Range& x : buffered) buffers.push_back(x.empty() ? nullptr : std::make_unique<Buffer>((x.end - x.begin) * p.hq * p.d));
   }
 
@@ -38,7 +41,7 @@ class Partitions {
 
   // Where a partition adds its dq of one query of one head.
   float* dq_row(int64_t part, int64_t query, int64_t head) const {
-    if (owner[query / TILE_Q] == part) return in.dq + (query * p.hq + head) * p.d;
+    if (owner[query / TILE_Q] == part) return dq + (query * p.hq + head) * p.d;
     return *buffers[part] + ((query - buffered[part].begin) * p.hq + head) * p.d;
   }
 
@@ -49,11 +52,12 @@ class Partitions {
         std::fill(data + i * at_once, data + std::min(size, (i + 1) * at_once), 0.f);
       });
     };
-    if (!in.add_to_dq) zero(in.dq, p.num_q * p.hq * p.d);
+    if (!in.add_to_dq) zero(dq, p.num_q * p.hq * p.d);
     for (int64_t part = 0; part < count(); part++)
       if (buffers[part]) zero(*buffers[part], (buffered[part].end - buffered[part].begin) * p.hq * p.d);
   }
 
+  template <class T>
   void add_up() const {
     int64_t width = p.hq * p.d;
     parallel((int64_t)owner.size(), p.threads, [&](int64_t tile, int) {
@@ -62,9 +66,10 @@ class Partitions {
         int64_t begin = std::max(tile * TILE_Q, buffered[part].begin), end = std::min((tile + 1) * TILE_Q, buffered[part].end);
         if (begin >= end) continue;
         const float* src = *buffers[part] + (begin - buffered[part].begin) * width;
-        float* dst = in.dq + begin * width;
+        float* dst = dq + begin * width;
         for (int64_t i = 0; i < (end - begin) * width; i++) dst[i] += src[i];
       }
+      if (in.narrow) narrow_row(dq + tile * TILE_Q * width, std::min<int64_t>(TILE_Q, p.num_q - tile * TILE_Q) * width, (T*)in.dq + tile * TILE_Q * width);
     });
   }
 
@@ -77,6 +82,8 @@ class Partitions {
   std::vector<int64_t> owner;     // of tiles of queries: the first partition that reaches it, or -1
   std::vector<Range> buffered;    // queries of tiles that a partition reaches and does not own
   std::vector<std::unique_ptr<Buffer>> buffers;
+  std::unique_ptr<Buffer> wide;
+  float* dq;
 
   template <class Act>
   void each_range(int64_t block, Act&& act) const {

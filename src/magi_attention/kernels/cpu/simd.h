@@ -87,25 +87,19 @@ static inline void transpose(vf (&rows)[VL]) {
   }
 }
 
-static inline float sum(const float* x) {
-  float part[VL];
-  memcpy(part, x, sizeof part);
-  for (int half = VL / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) part[i] += part[i + half];
-  return part[0];
+// All lanes into one: each step joins the lower half with the upper.
+template <class Join>
+static inline float fold(vf x, Join&& join) {
+#pragma GCC unroll 4
+  for (int lanes = VL; lanes > 1; lanes /= 2) x = join(interleave<false>(x, x), interleave<true>(x, x));
+  return x[0];
 }
-
+static inline float sum(vf x) {
+  return fold(x, [](vf a, vf b) { return a + b; });
+}
 // NaN may be passed over.
 static inline float largest(vf x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)x);
-#else
-  float part[VL];
-  store(part, x);
-  for (int half = VL / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
-  return part[0];
-#endif
+  return fold(x, vmax);
 }
 
 // 2^f for f in [-1/2, 1/2]: a polynomial of degree 6 (Cephes exp2f coefficients), exact at 0.
