@@ -121,9 +121,13 @@ struct Kernel {
           multiply<E, false>(x.rows, vectors, (int)in.words, s.q + g * apart + (x.row - block.a) * in.stride, in.stride, 1,
                              s.keys + c / NR * NR * in.stride + c % NR, scores(x.row) + c, LEAD);
         });
-        for (int i = 0; i < count; i++)
-          for (int64_t r = strips[i].row; r < strips[i].row + strips[i].rows; r++)
-            soften(to + r, scores(r), strips[i].first(), strips[i].last(), block.left(r), block.right(r));
+        for (int i = 0; i < count; i++) {
+          const Strip& x = strips[i];
+          // All rows' maxima before the first exponential: a maximum takes long, but not many of the processor's units.
+          for (int64_t r = x.row; r < x.row + x.rows; r++) raise_top(to + r, scores(r), block.left(r), block.right(r));
+          for (int64_t r = x.row; r < x.row + x.rows; r++)
+            soften(to + r, scores(r), x.first(), x.last(), block.left(r), block.right(r));
+        }
         for (int64_t c = 0; c < out.padded; c += NR)
           for (int i = 0; i < count; i++) {
             const Strip& x = strips[i];
@@ -133,16 +137,10 @@ struct Kernel {
       }
     }
 
-    // Scores of one row to probabilities, in place, as words: columns [r0, r1) of [begin, end); the rest become 0.
-    void soften(int64_t j, float* row, int begin, int end, int r0, int r1) const {
-      if (r0 >= r1) r0 = r1 = end;
-      else accumulate(j, row, r0, r1);
-      for (int c = begin; c < r0 / VL * VL; c += VL) E::put(row, c, vf{});
-      for (int c = (r1 + VL - 1) / VL * VL; c < end; c += VL) E::put(row, c, vf{});
-    }
-
-    void accumulate(int64_t j, float* row, int r0, int r1) const {
+    // Scores of one row, columns [r0, r1), to logits, in place; the others of the vectors that hold these become -inf.
+    void raise_top(int64_t j, float* row, int r0, int r1) const {
       const Problem& p = kernel.p;
+      if (r0 >= r1) return;
       float factor = p.scale * LOG2E;
       if (p.softcap > 0) {
         cap(j, row, r0, r1);
@@ -155,22 +153,28 @@ struct Kernel {
         store(row + c, x);  // rounded: the largest less itself must be 0
         highest = vmax(highest, x);
       });
-      float new_top = largest(highest), *total = s.total + j * VL;
-      if (new_top > s.top[j]) {
-        if (s.top[j] > -INFINITY) {
-          float shrink = std::exp2(s.top[j] - new_top), *out = s.out + j * kernel.v_columns.padded;
-          store(total, load(total) * shrink);
-          for (int64_t e = 0; e < kernel.v_columns.padded; e += VL) store(out + e, load(out + e) * shrink);
-        }
-        s.top[j] = new_top;
-      }
-      vf top = splat(s.top[j]), sums = load(total);
-      for (int c = r0 / VL * VL; c < r1; c += VL) {
+      float top = largest(highest), before = s.top[j];
+      if (!(top > before)) return;
+      s.top[j] = top;
+      if (before == -INFINITY) return;
+      float shrink = std::exp2(before - top), *total = s.total + j * VL, *out = s.out + j * kernel.v_columns.padded;
+      store(total, load(total) * shrink);
+      for (int64_t e = 0; e < kernel.v_columns.padded; e += VL) store(out + e, load(out + e) * shrink);
+    }
+
+    // Logits of one row to probabilities, in place, as words: columns [r0, r1) of [begin, end); the rest become 0.
+    void soften(int64_t j, float* row, int begin, int end, int r0, int r1) const {
+      if (r0 >= r1) r0 = r1 = end;
+      vf top = splat(s.top[j]), sums = load(s.total + j * VL);
+      int c = begin;
+      for (; c < r0 / VL * VL; c += VL) E::put(row, c, vf{});
+      for (; c < r1; c += VL) {
         vf e = exp2v(load(row + c) - top);
         sums += e;
         E::put(row, c, e);
       }
-      store(total, sums);
+      for (; c < end; c += VL) E::put(row, c, vf{});
+      store(s.total + j * VL, sums);
     }
 
     void cap(int64_t j, float* row, int r0, int r1) const {

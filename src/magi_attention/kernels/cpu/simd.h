@@ -116,7 +116,7 @@ static inline vf exp2_near_0(vf f) {
 // 2^x, 0 below the normal numbers, NaN of NaN.
 static inline vf exp2v(vf x) {
 #if defined(__AVX512F__)
-  vf clamped = vmax(splat(-152.f), x), whole = (vf)_mm512_roundscale_ps((__m512)clamped, 0);
+  vf clamped = (vf)_mm512_max_ps((__m512)splat(-152.f), (__m512)x), whole = (vf)_mm512_roundscale_ps((__m512)clamped, 0);
   return (vf)_mm512_scalef_ps((__m512)exp2_near_0(clamped - whole), (__m512)whole);
 #else
   vf clamped = vmin(splat(127.f), vmax(splat(-126.f), x));
