@@ -10,6 +10,7 @@
 
 namespace {
 
+constexpr size_t STREAMED = 8 << 20;    // bytes of an output that is written past the caches: it would not stay there anyway
 constexpr int64_t ROWS_WANTED = 480;  // queries x heads of a stretch: they pay for packing, and their outputs stay in the caches
 
 // One tile of a stretch against one block of keys, by one band.
@@ -17,13 +18,13 @@ struct Job { int32_t block, tile; int64_t band; };
 
 // What a worker needs for a stretch. Rows of queries are (head of the group, query); logits are in units of log 2.
 struct Scratch {
-  Buffer rows, keys, values, q, scores, out, top, total, raw_top;  // total: VL partial sums a row
+  Buffer rows, keys, values, q, scores, out, top, total, sums, raw_top;  // total: VL partial sums a row, of which sums are made
   std::vector<Job> jobs;
   template <class E>
   Scratch(const Columns<E>& k, const Columns<E>& v, int64_t group, int64_t queries, int64_t max_jobs)
       : rows(BLOCK_K * std::max(k.stride, v.stride)), keys(BLOCK_K * k.stride), values(BLOCK_K / E::n * v.padded),
-        q(group * TILE_Q * k.stride), scores(TILE_Q * LEAD), out(group * queries * v.padded), top(group * queries), total(group * queries * VL),
-        raw_top(group * queries) {
+        q(group * TILE_Q * k.stride), scores(TILE_Q * LEAD), out(group * queries * v.padded), top(group * queries),
+        total((group * queries + VL) * VL), sums(group * queries + VL), raw_top(group * queries) {
     jobs.reserve(max_jobs);
   }
 };
@@ -38,6 +39,7 @@ struct Kernel {
   const ForwardOutput& o;
   const TileBands& index;
   int64_t tiles_wanted;  // of a stretch
+  bool streams;
   Columns<E> k_columns{p.d}, v_columns{p.dv};
 
   int64_t group() const { return p.hq / p.hk; }
@@ -92,8 +94,10 @@ struct Kernel {
         pack(s.jobs[first].block * (int64_t)BLOCK_K, begin, end);
         for (size_t i = first; i < last; i++) attend(cut(s.jobs[i]));
       }
+      for (int64_t j = 0; j < rows; j += VL) store(s.sums + j, sums_of(s.total + j * VL));
       for (int64_t r = q0; r < q1; r++)
         for (int64_t g = 0; g < k.group(); g++) finish(r, kv * k.group() + g, row_of_head(g) + r - q0);
+      finish_streams();
     }
 
     void pack(int64_t kb, int begin, int end) const {
@@ -193,8 +197,7 @@ struct Kernel {
       const ForwardOutput& o = kernel.o;
       int64_t at = r * p.hq + h;
       const float* src = s.out + j * kernel.v_columns.padded;
-      float total = sum(load(s.total + j * VL));
-      s.total[j * VL] = total;
+      float total = s.sums[j];
       bool any = total != 0;
       float lse = any ? (s.top[j] + std::log2(total)) * LN2 : -INFINITY, weight = any ? 1.f / total : 0.f;
       if (o.merge) {
@@ -208,10 +211,23 @@ struct Kernel {
         return;
       }
       o.lse[at] = lse;
-      if (o.out_wide)
-        for (int64_t c = 0; c < p.dv; c++) o.out_wide[at * p.dv + c] = src[c] * weight;
-      else
-        for (int64_t c = 0; c < p.dv; c++) narrow(src[c] * weight, (T*)o.out_narrow + at * p.dv + c);
+      if (o.out_wide) write(src, weight, o.out_wide + at * p.dv);
+      else write(src, weight, (T*)o.out_narrow + at * p.dv);
+    }
+
+    template <class Out>
+    void write(const float* src, float weight, Out* dst) const {
+      constexpr int64_t in_line = LINE / sizeof(Out);
+      int64_t dv = kernel.p.dv;
+      if (!kernel.streams) {
+        for (int64_t c = 0; c < dv; c++) narrow(src[c] * weight, dst + c);
+        return;
+      }
+      for (int64_t c = 0; c < dv; c += in_line) {
+        Out line[in_line];
+        for (int64_t i = 0; i < in_line; i++) narrow(src[c + i] * weight, line + i);
+        stream_line(dst + c, line);
+      }
     }
 
     // The largest logit of a head, times log2 e, before the softcap. A NaN among them is in its row's total.
@@ -219,7 +235,7 @@ struct Kernel {
       float top = -INFINITY;
       bool capped = kernel.p.softcap > 0;
       for (int64_t j = row_of_head(g); j < row_of_head(g + 1); j++) {
-        float total = s.total[j * VL];
+        float total = s.sums[j];
         top = larger(top, std::isnan(total) ? total : capped ? s.raw_top[j] : s.top[j]);
       }
       return top;
@@ -237,7 +253,9 @@ int64_t tiles_of_a_stretch(const Problem& p) {
 template <class T>
 void run(const Problem& p, const ForwardOutput& o) {
   TileBands index(p, true, TILE_Q);
-  Kernel<T> kernel{p, o, index, tiles_of_a_stretch(p)};
+  void* out = o.out_wide ? o.out_wide : o.out_narrow;
+  size_t row = p.dv * (o.out_wide ? sizeof(float) : sizeof(T)), size = p.num_q * p.hq * row;
+  Kernel<T> kernel{p, o, index, tiles_of_a_stretch(p), row % LINE == 0 && (uintptr_t)out % LINE == 0 && size >= STREAMED};
   int64_t stretches = kernel.stretches(), count = stretches * p.hk, group = kernel.group();
 
   // Longest stretches first, the kv heads of one together.
@@ -248,7 +266,7 @@ void run(const Problem& p, const ForwardOutput& o) {
   }
   std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return work[x] > work[y]; });
 
-  if (!o.merge) prefer_large_pages(o.out_wide ? o.out_wide : o.out_narrow, p.num_q * p.hq * p.dv * (o.out_wide ? 4 : sizeof(T)));
+  if (!o.merge) prefer_large_pages(out, size);
   int64_t queries = kernel.tiles_wanted * TILE_Q;
   std::vector<float> tops(o.max_logits ? stretches * p.hq : 0, -INFINITY);
   std::vector<std::unique_ptr<Scratch>> scratch(std::min<int64_t>(p.threads, count));

@@ -94,12 +94,38 @@ static inline float fold(vf x, Join&& join) {
   for (int lanes = VL; lanes > 1; lanes /= 2) x = join(interleave<false>(x, x), interleave<true>(x, x));
   return x[0];
 }
-static inline float sum(vf x) {
-  return fold(x, [](vf a, vf b) { return a + b; });
-}
 // NaN may be passed over.
 static inline float largest(vf x) {
   return fold(x, vmax);
+}
+
+// The sum of each of VL vectors, one after the other in memory.
+static inline vf sums_of(const float* x) {
+  vf rows[VL];
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; i++) rows[i] = load(x + i * VL);
+  transpose(rows);
+#pragma GCC unroll 4
+  for (int half = VL / 2; half; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; i++) rows[i] += rows[i + half];
+  return rows[0];
+}
+
+// A cache line to where it will not be read soon: past the caches, where the instruction set has a word for that. Such writes are seen by other
+// threads after `finish_streams`.
+constexpr int LINE = 64;
+static inline void stream_line(void* to, const void* line) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(line));
+#else
+  memcpy(to, line, LINE);
+#endif
+}
+static inline void finish_streams() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
 }
 
 // 2^f for f in [-1/2, 1/2]: a polynomial of degree 6 (Cephes exp2f coefficients), exact at 0.
