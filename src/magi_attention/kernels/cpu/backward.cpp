@@ -116,6 +116,8 @@ struct Kernel {
     copy_rows<D, E>(in.dout, block.a, block.b, h, 1, s.out, s.dout_rows + skipped * s.out.stride, 0);
     pack_across<E>(s.q_rows, s.in, TILE_Q, (int)skipped, (int)(block.b - base), s.q_across);
     pack_across<E>(s.dout_rows, s.out, TILE_Q, (int)skipped, (int)(block.b - base), s.dout_across);
+    int64_t part = parts.of_block(block.kb / BLOCK_K);
+    for (int64_t r = block.a; r < block.b; r++) prefetch<1>(parts.dq_row(part, r, h), p.d * sizeof(float));
     auto along = [&](const float* rows, const Columns<E>& columns, const float* panels, float* to) {
       each_panel(strips, count, [&](int c, int vectors, const Strip& x) {
         multiply<E, false>(x.rows, vectors, (int)columns.words, rows + (x.row - base) * columns.stride, columns.stride, 1,
@@ -127,13 +129,13 @@ struct Kernel {
     for (int i = 0; i < count; i++)
       for (int64_t r = strips[i].row / E::n * E::n; r < strips[i].row + strips[i].rows; r += E::n)
         differentiate_rows(block, base, r, h, strips[i].first(), strips[i].last());
-    to_queries(block, base, strips, count, h);
+    to_queries(base, strips, count, h, part);
     to_keys(s.probs_across(), s.dout_across, s.out, s.dv, block, base, strips, count);
     to_keys(s.dscores_across(), s.q_across, s.in, s.dk, block, base, strips, count);
   }
 
   // dq += dS K.
-  void to_queries(const BandBlock& block, int64_t base, const Strip* strips, int count, int64_t h) const {
+  void to_queries(int64_t base, const Strip* strips, int count, int64_t h, int64_t part) const {
     int64_t a = strips[0].row, b = strips[count - 1].row + strips[count - 1].rows;
     float* dq = s.dq + (a - base) * s.in.padded;
     std::fill(dq, dq + (b - a) * s.in.padded, 0.f);
@@ -143,7 +145,6 @@ struct Kernel {
         add_product<E>(x.rows, s.in.vectors(c), x.begin, x.end, s.dscores + (x.row - base) * LEAD, LEAD, 1,
                        s.k_across + c * (BLOCK_K / E::n), dq + (x.row - a) * s.in.padded + c, s.in.padded);
       }
-    int64_t part = parts.of_block(block.kb / BLOCK_K);
     for (int64_t r = a; r < b; r++, dq += s.in.padded) {
       float* dst = parts.dq_row(part, r, h);
       for (int64_t e = 0; e < p.d; e++) dst[e] += dq[e];

@@ -22,6 +22,12 @@ static const T* row_of(const View& x, int64_t token, int64_t head) {
   return (const T*)x.data + token * x.token + head * x.head;
 }
 
+// Lines that will be read (WRITE: and written) by and by.
+template <bool WRITE = false>
+static inline void prefetch(const void* data, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch((const char*)data + at, WRITE);
+}
+
 // One row; its words past its columns are 0.
 template <class T, class E>
 static inline void copy_row(const T* src, const Columns<E>& columns, float* to) {
@@ -43,8 +49,7 @@ static void copy_rows(const View& x, int64_t begin, int64_t end, int64_t head, i
   int64_t bytes = columns.count * (int64_t)sizeof(T);
   for (int64_t t = begin; t < end; t++, to += columns.stride)
     for (int64_t h = 0; h < heads; h++) {
-      const char* later = (const char*)row_of<T>(x, std::min(t + ahead, end - 1), head + h);
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(later + at);
+      prefetch(row_of<T>(x, std::min(t + ahead, end - 1), head + h), bytes);
       copy_row<T, E>(row_of<T>(x, t, head + h), columns, to + h * apart);
     }
 }
