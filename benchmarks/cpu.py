@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from attention_masks import BenchmarkMask, make_masks
+from attention_masks import SHORT, BenchmarkMask, make_masks
 from contestants import NUM_HEADS_KV, NUM_HEADS_Q, Call, Inputs, fastest, flex, gemm, ours, products_are_native, sdpa
 from magi_attention.kernels.interface import AttnSettings, KernelMask
 from magi_attention.kernels.registry import load
@@ -96,6 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rival-tokens", type=int, nargs="*", default=[4096], help="the lengths at which other libraries run too"
     )
+    parser.add_argument(
+        "--documents", type=int, help="of the comparison of short documents with long ones (10,000; 0: none)"
+    )
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--patience", type=float, help="seconds after which a call is given no further round")
 
@@ -120,6 +123,8 @@ def main(args: argparse.Namespace) -> int:
         row = vars(case) | _measure(case, rounds, patience, case.tokens in args.rival_tokens) | errors[key]
         rows.append(row)
         _print_row(row)
+    for dtype in args.dtypes:
+        _print_short_documents(dtype, 0 if args.quick else 10_000 if args.documents is None else args.documents)
     if args.csv is not None:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with args.csv.open("w", newline="") as file:
@@ -170,6 +175,31 @@ def _measure(case: Case, num_rounds: int, patience_s: float, with_rivals: bool) 
             if f"{rival} {way}" in calls:
                 row[f"{way}_over_{rival}"] = turns.ratio(f"{rival} {way}", way)
     return row
+
+
+def _print_short_documents(dtype_name: str, num_documents: int) -> None:
+    """Causal documents of 32 tokens beside causal documents of some hundreds (the mask "varlen"): what a slice costs."""
+    if not num_documents:
+        return
+    torch.set_num_threads(1)
+    calls: dict[str, Call] = {}
+    flops: dict[str, float] = {}
+    for name, total in (("varlen", 8192), ("short", num_documents * SHORT)):
+        mask = make_masks(total)[name]
+        calls |= {
+            f"{name} {way}": call for way, call in ours(mask, Inputs.random(total, 128, DTYPES[dtype_name])).items()
+        }
+        flops[name] = 4.0 * mask.mask.area * NUM_HEADS_Q * 128
+    turns = Turns(calls, 3, enough_s=0.1, patience_s=30.0)
+    rates = [
+        f"{way} {factor * flops['short'] / turns.best(f'short {way}') / 1e9:.0f} GFLOP/s, "
+        f"{turns.ratio(f'varlen {way}', f'short {way}') * flops['short'] / flops['varlen']:.2f} of the long ones' rate"
+        for way, factor in (("forward", 1.0), ("backward", BACKWARD_FLOPS))
+    ]
+    print(
+        f"\n{dtype_name}, {num_documents:,} documents of {SHORT} tokens, head_dim 128, 1 thread: {'; '.join(rates)}",
+        flush=True,
+    )
 
 
 def _errors(head_dim: int, dtype_name: str, mask_name: str) -> dict[str, Any]:
