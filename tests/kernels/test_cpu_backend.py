@@ -231,6 +231,24 @@ def test_max_logits_are_those_before_the_softcap(dtype: torch.dtype, scale: floa
         torch.testing.assert_close(largest.double(), expected, rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("num_tokens", [301, 16384], ids=["small", "past the caches"])
+def test_results_in_the_inputs_dtype_are_the_float32_ones_rounded(num_tokens: int, dtype: torch.dtype) -> None:
+    """Outputs of 8 MiB and more are written past the caches, whole lines at a time."""
+    rows = tuple((a, min(a + 37, num_tokens), a, min(a + 37, num_tokens), CAUSAL) for a in range(0, num_tokens, 37))
+    mask, settings = Slices(rows, num_tokens, num_tokens).kernel_mask(), AttnSettings(softmax_scale=0.2)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(num_tokens, h, 32, generator=generator).to(dtype) for h in (8, 2, 2, 8))
+    wide, lse, _ = cpu.forward(q, k, v, mask, settings)
+    narrow = cpu.forward(q, k, v, mask, settings, out_dtype=dtype)
+    assert torch.equal(narrow.out, wide.to(dtype)) and torch.equal(narrow.lse, lse)
+    lse, delta = row_statistics(wide, lse, KernelInputs(q, k, v, dout))
+    expected = cpu.backward(dout, q, k, v, lse, delta, mask, settings)
+    actual = cpu.backward(dout, q, k, v, lse, delta, mask, settings, grad_dtype=dtype)
+    for name, x, y in zip(("dq", "dk", "dv"), actual, expected, strict=True):
+        assert x.dtype == dtype and torch.equal(x, y.to(dtype)), name
+
+
 def _each_token_alone(num_tokens: int) -> KernelMask:
     return Slices(tuple((i, i + 1, i, i + 1, CAUSAL) for i in range(num_tokens)), num_tokens, num_tokens).kernel_mask()
 

@@ -5,7 +5,9 @@ Also the kernel suite under the compiler's sanitizers.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -201,10 +203,10 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--capture=no", *sys
 """
 
 
-def _run_suite(library: Path, runtime: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _run_suite(library: Path, runtime: str | None, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
-        "LD_PRELOAD": runtime,
+        **({"LD_PRELOAD": runtime} if runtime else {}),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONMALLOC": "malloc",  # so that the band table's memory is watched, too
@@ -239,6 +241,47 @@ def test_sanitizers_report_nothing(sanitized: tuple[Path, str], arguments: tuple
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
     assert re.search(r"\d{2,} passed", result.stdout), result.stdout[-2000:]
     assert "Sanitizer" not in result.stderr and "runtime error" not in result.stderr, result.stderr[-8000:]
+
+
+INSTRUCTIONS = [("g++", "x86-64"), ("g++", "x86-64-v3"), ("g++", "x86-64-v4"), ("clang++", "native")]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("compiler", "processor"), INSTRUCTIONS, ids="-".join)
+def test_other_instruction_sets_and_compilers(
+    compiler: str, processor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors of 4, 8 and 16 floats, with and without fused multiply-add and products of bfloat16."""
+    path = shutil.which(compiler)
+    if path is None or platform.machine() != "x86_64":
+        pytest.skip(f"needs {compiler} on x86-64")
+    monkeypatch.setattr(build, "find_compiler", lambda: path)
+    monkeypatch.setattr(build, "_machine_flags", lambda: (f"-march={processor}",))
+    library = build.build_library()
+    lanes = ctypes.CDLL(str(library)).magi_cpu_vector_lanes()
+    assert lanes == {"x86-64": 4, "x86-64-v3": 8, "x86-64-v4": 16}.get(processor, lanes)
+    result = _run_suite(
+        library, None, str(TESTS / "test_cpu_backend.py"), str(TESTS / "test_kernel_suite.py"), "-k", "not reference"
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processor", ["armv8-a", "armv8.6-a+bf16"])
+def test_neon(processor: str, tmp_path: Path) -> None:
+    """Cross-compiled and run by an emulator; ``neon_check.cpp`` compares with sums in double."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
+    folder, program = Path(build.__file__).parent, tmp_path / "check"
+    flags = [flag for flag in build.FLAGS if flag not in ("-fPIC", "-shared")]
+    sources = [*(str(folder / source) for source in build.SOURCES), str(TESTS / "neon_check.cpp")]
+    command = [compiler, *flags, "-static", f"-march={processor}", f"-I{folder}", *sources, "-o", str(program)]
+    subprocess.run(command, check=True)
+    result = subprocess.run([emulator, "-cpu", "max", str(program)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    pairs = "two" if processor.endswith("bf16") else "one"
+    assert f"4 lanes, bfloat16 {pairs} a word" in result.stdout
 
 
 ONE_ROW_TOO_FAR = """
