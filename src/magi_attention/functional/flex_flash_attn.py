@@ -5,11 +5,12 @@ Shapes: num_q, num_k tokens; hq, hk heads (hq % hk == 0); d, dv head dims of q/k
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.functional.checks import check_sink, check_tables, check_tensors
-from magi_attention.functional.ops import flex_flash_attn
+from magi_attention.functional.ops import FlexFlashAttention, flex_flash_attn
 
 
 def flex_flash_attn_func(
@@ -105,7 +106,8 @@ def flex_flash_attn_func(
     check_tables(q_ranges, k_ranges, attn_type_map, q.device)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     tables = (q_ranges, k_ranges, attn_type_map)
-    out, lse, max_logits = flex_flash_attn(
+    attend = flex_flash_attn if torch.compiler.is_compiling() else FlexFlashAttention.apply
+    out, lse, max_logits = attend(
         q, k, v, *tables, sink, sink_layout, scale, float(softcap), deterministic, return_max_logits
     )
     return out, AttnForwardMeta(lse=lse, max_logits=max_logits if return_max_logits else None)

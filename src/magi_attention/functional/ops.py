@@ -153,6 +153,21 @@ flex_flash_attn.register_autograd(_differentiate, setup_context=_save)
 flex_flash_attn_backward.register_autograd(_refuse)
 
 
+class FlexFlashAttention(torch.autograd.Function):
+    """The operators for a call that is not compiled: a formula registered with torch costs the host several times what this does."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output: tuple[Tensor, Tensor, Tensor] = flex_flash_attn(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, dout)
+
+
 def as_last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
