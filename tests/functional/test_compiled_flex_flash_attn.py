@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
 from typing import Any
 
@@ -133,3 +135,19 @@ def test_checkpoints_can_keep_what_attention_gave(monkeypatch: pytest.MonkeyPatc
         actual = differentiate(partial(checkpoint, layer, use_reentrant=False, context_fn=contexts), layer, 45)
         assert all(torch.equal(x, y) for x, y in zip(expected, actual, strict=True))
         assert len(calls) == num_calls
+
+
+_FIRST_CALL = """
+import sys
+import torch
+from magi_attention.functional import flex_flash_attn_func
+x, ranges = torch.randn(8, 1, 16, requires_grad=True), torch.tensor([[0, 8]], dtype=torch.int32)
+flex_flash_attn_func(x, x, x, ranges, ranges)[0].sum().backward()
+print(sorted({"torch._dynamo", "sympy"} & set(sys.modules)))
+"""
+
+
+def test_a_call_that_is_not_compiled_imports_no_compiler() -> None:
+    """Which takes a second, once in every process."""
+    answer = subprocess.run([sys.executable, "-c", _FIRST_CALL], check=True, capture_output=True, text=True)
+    assert answer.stdout.strip() == "[]"

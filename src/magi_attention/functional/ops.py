@@ -11,10 +11,12 @@ no max logits asked for) has no elements.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from magi_attention import env
 from magi_attention.functional.masks import kernel_mask
@@ -32,8 +34,7 @@ _BACKWARD = (
 )
 
 
-@torch.library.custom_op("magi_attention::flex_flash_attn", mutates_args=(), schema=_FORWARD)
-def flex_flash_attn(
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -60,6 +61,9 @@ def flex_flash_attn(
     return out.contiguous(), lse.contiguous(), lse.new_empty(0) if max_logits is None else max_logits
 
 
+flex_flash_attn = torch.library.custom_op("magi_attention::flex_flash_attn", _attend, mutates_args=(), schema=_FORWARD)
+
+
 @flex_flash_attn.register_fake
 def _(
     q: Tensor,
@@ -83,8 +87,7 @@ def _(
     )
 
 
-@torch.library.custom_op("magi_attention::flex_flash_attn_backward", mutates_args=(), schema=_BACKWARD)
-def flex_flash_attn_backward(
+def _attend_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -109,6 +112,11 @@ def flex_flash_attn_backward(
     dq, dk, dv = backend.backward(dout, q, k, v, lse, delta, mask, settings, grad_dtype=q.dtype)
     dsink = lse.new_empty(0) if sink is None else sink_gradient(lse, sink, delta, sink_layout).to(sink.dtype)
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), dsink.contiguous()
+
+
+flex_flash_attn_backward = torch.library.custom_op(
+    "magi_attention::flex_flash_attn_backward", _attend_backward, mutates_args=(), schema=_BACKWARD
+)
 
 
 @flex_flash_attn_backward.register_fake
@@ -137,12 +145,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+def _gradients(backward: Callable[..., tuple[Tensor, ...]], ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 12
     *tensors, sink = ctx.saved_tensors
-    dq, dk, dv, dsink = flex_flash_attn_backward(dout, *tensors, sink, *ctx.options[:-1])
+    dq, dk, dv, dsink = backward(dout, *tensors, sink, *ctx.options[:-1])
     return dq, dk, dv, None, None, None, None if sink is None else dsink, *(None,) * 5
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    return _gradients(flex_flash_attn_backward, ctx, dout)
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> None:
@@ -154,18 +166,23 @@ flex_flash_attn_backward.register_autograd(_refuse)
 
 
 class FlexFlashAttention(torch.autograd.Function):
-    """The operators for a call that is not compiled: a formula registered with torch costs the host several times what this does."""
+    """A call that is not compiled.
+
+    The operators, which cost the host several times what this does, and a second to import the compiler, serve only where somebody looks on,
+    as selective checkpointing does.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output: tuple[Tensor, Tensor, Tensor] = flex_flash_attn(*inputs)
+        attend = flex_flash_attn if is_in_torch_dispatch_mode() else _attend
+        output: tuple[Tensor, Tensor, Tensor] = attend(*inputs)
         _save(ctx, inputs, output)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-        return _differentiate(ctx, dout)
+        return _gradients(flex_flash_attn_backward if is_in_torch_dispatch_mode() else _attend_backward, ctx, dout)
 
 
 def as_last_contiguous(x: Tensor) -> Tensor:
