@@ -168,8 +168,8 @@ flex_flash_attn_backward.register_autograd(_refuse)
 class FlexFlashAttention(torch.autograd.Function):
     """A call that is not compiled.
 
-    The operators, which cost the host several times what this does, and a second to import the compiler, serve only where somebody looks on,
-    as selective checkpointing does.
+    The operators, which cost the host several times what this does, and a second to import the compiler, serve only where
+    somebody looks on, as selective checkpointing does.
     """
 
     @staticmethod
