@@ -100,7 +100,7 @@ def test_counting_demand_does_not_look_at_the_transfers() -> None:
     whole = plan.report(HEADS)
     assert whole.rows_demanded > 0
     twice = replace(plan.forward, table=np.concatenate([plan.forward.table, plan.forward.table[:1]]))
-    doubled = replace(plan, forward=twice, backward=twice, _ranks={}, _hops={}).report(HEADS)
+    doubled = replace(plan, forward=twice, backward=twice).report(HEADS)
     begin, end = plan.forward.table[0, 3:5]
     assert doubled.rows_demanded == whole.rows_demanded
     assert doubled.rows_in_excess == end - begin > 0

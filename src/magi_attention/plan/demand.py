@@ -7,6 +7,8 @@ what it receives (rank 0)         11122       1111          rows of its own are 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from magi_attention.mask.bands import K0, K1, Ints, expand, split_q
@@ -68,9 +70,39 @@ def rows_by_rank(table: Ints, column: int, num_ranks: int) -> Ints:
     return counts
 
 
-def exchange_of(table: Ints, rank: int, num_ranks: int) -> Exchange:
-    """The part of ``rank`` in carrying out a transfer table, which is ordered by DST, SRC, BEGIN."""
-    sent, received = table[table[:, SRC] == rank], table[table[:, DST] == rank]
+@dataclass(frozen=True, eq=False)
+class ByRank:
+    """A transfer table, its entries found by who sends and by who receives them: sorted once, then a slice a rank."""
+
+    table: Ints
+    sent_order: Ints
+    sent_bounds: Ints
+    received_order: Ints
+    received_bounds: Ints
+
+    @classmethod
+    def of(cls, table: Ints, num_ranks: int) -> ByRank:
+        """Of any transfer table; entries keep their order."""
+        return cls(table, *_grouped(table[:, SRC], num_ranks), *_grouped(table[:, DST], num_ranks))
+
+    def sent(self, rank: int) -> Ints:
+        """The entries that ``rank`` sends, in the table's order."""
+        return self.table[self.sent_order[self.sent_bounds[rank] : self.sent_bounds[rank + 1]]]
+
+    def received(self, rank: int) -> Ints:
+        """The entries that ``rank`` receives, in the table's order."""
+        return self.table[self.received_order[self.received_bounds[rank] : self.received_bounds[rank + 1]]]
+
+
+def _grouped(ranks: Ints, num_ranks: int) -> tuple[Ints, Ints]:
+    # Numbers of two bytes are sorted by radix, in a few passes.
+    small = ranks.astype(np.uint16) if num_ranks <= 1 << 16 else ranks
+    bounds = np.append(0, np.cumsum(np.bincount(ranks, minlength=num_ranks)))
+    return np.argsort(small, kind="stable"), bounds
+
+
+def exchange_of(sent: Ints, received: Ints, num_ranks: int) -> Exchange:
+    """One rank's part in carrying out a transfer table: what it sends, ordered by DST, SRC, BEGIN, and what it receives."""
     return Exchange(
         send_ranges=np.stack([sent[:, SRC_LOCAL], sent[:, SRC_LOCAL] + sent[:, END] - sent[:, BEGIN]], axis=1),
         send_splits=tuple(rows_by_rank(sent, DST, num_ranks).tolist()),

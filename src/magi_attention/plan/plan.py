@@ -15,7 +15,7 @@ import numpy as np
 
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import Ints, area, split_q
-from magi_attention.plan.demand import BEGIN, DST, END, SRC, STAGE, exchange_of, rows_by_rank
+from magi_attention.plan.demand import BEGIN, DST, END, SRC, STAGE, ByRank, exchange_of, rows_by_rank
 from magi_attention.plan.exchange import Exchange
 from magi_attention.plan.hierarchy import OWNER, Hops, two_hops
 from magi_attention.plan.layout import ShardLayout
@@ -88,8 +88,9 @@ class AttnPlan:
     guests: Ints
     moved: Flags | None = None
     ranks_per_node: int | None = None
-    _ranks: dict[int, RankPlan] = field(default_factory=dict, repr=False)
-    _hops: dict[int, Hops] = field(default_factory=dict, repr=False)
+    _ranks: dict[int, RankPlan] = field(default_factory=dict, init=False, repr=False)
+    _hops: dict[int, Hops] = field(default_factory=dict, init=False, repr=False)
+    _by_rank: dict[int, tuple[ByRank, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_ranks(self) -> int:
@@ -136,42 +137,56 @@ class AttnPlan:
     def _build_stages(
         self, rank: int, dealing: Dealing, pieces: Ints, q_by: Ints, blocked: Flags | None
     ) -> tuple[StagePlan, ...]:
-        first, arriving = None, np.concatenate([dealing.table, dealing.table[:, SRC : SRC + 1]], axis=1)
-        if self.ranks_per_node is not None:
-            hops = self.hops(dealing)
-            first, arriving = of_rank(hops.first, rank), hops.second
-        own = of_rank(arriving, rank)
+        relayed = self.ranks_per_node is not None
+        own = self._tables(dealing)
+        sent, received = own[-1].sent(rank), own[-1].received(rank)
+        owner_of = OWNER if relayed else SRC
         stages = []
         for stage in range(dealing.num_stages):
-            table = own[own[:, STAGE] == stage]
-            incoming = table[table[:, DST] == rank]
+            incoming = _in_stage(received, stage)
             # Rows of one owner that came by one way ascend in position: those are the sources of the buffer.
-            way = incoming[:, SRC] * self.num_ranks + incoming[:, OWNER]
+            way = incoming[:, SRC] * self.num_ranks + incoming[:, owner_of]
             segments = segments_of_buffer(incoming[:, BEGIN], incoming[:, END], way)
             left_alone = None
             if blocked is not None:
                 opens = np.diff(segments[:, SOURCE], prepend=-1) != 0
-                left_alone = blocked[:, incoming[opens, OWNER]]
+                left_alone = blocked[:, incoming[opens, owner_of]]
+            relay = None
+            if relayed:
+                crossing = [_in_stage(table, stage) for table in (own[0].sent(rank), own[0].received(rank))]
+                relay = exchange_of(*crossing, self.num_ranks)
             stages.append(
                 StagePlan(
-                    exchange=exchange_of(table, rank, self.num_ranks),
+                    exchange=exchange_of(_in_stage(sent, stage), incoming, self.num_ranks),
                     bands=to_buffer(pieces, q_by, segments, left_alone),
-                    relay=None if first is None else exchange_of(first[first[:, STAGE] == stage], rank, self.num_ranks),
+                    relay=relay,
                 )
             )
         return tuple(stages)
 
+    def _tables(self, dealing: Dealing) -> tuple[ByRank, ...]:
+        """What is exchanged, by rank: the table of a dealing or, under hierarchy, of both its hops; sorted once."""
+        if id(dealing) not in self._by_rank:
+            tables: tuple[Ints, ...] = (dealing.table,)
+            if self.ranks_per_node is not None:
+                hops = self.hops(dealing)
+                tables = (hops.first, hops.second)
+            self._by_rank[id(dealing)] = tuple(ByRank.of(table, self.num_ranks) for table in tables)
+        return self._by_rank[id(dealing)]
+
     def _build_guests(self, rank: int) -> StagePlan:
-        assert self.moved is not None
-        own = of_rank(self.guests, rank)
-        incoming = own[own[:, DST] == rank]
+        incoming = self._guests_by_rank.received(rank)
         length = incoming[:, END] - incoming[:, BEGIN]
         shift = np.cumsum(length) - length - incoming[:, BEGIN]
         by_position = np.argsort(incoming[:, BEGIN], kind="stable")
         ordered, shift = incoming[by_position], shift[by_position]
         pieces, _, at = split_q(self.mask.bands, ordered[:, BEGIN], ordered[:, END])
         bands = to_buffer(pieces, shift[at], segments_of_layout(self.k_layout, rank))
-        return StagePlan(exchange_of(own, rank, self.num_ranks), bands)
+        return StagePlan(exchange_of(self._guests_by_rank.sent(rank), incoming, self.num_ranks), bands)
+
+    @cached_property
+    def _guests_by_rank(self) -> ByRank:
+        return ByRank.of(self.guests, self.num_ranks)
 
     @cached_property
     def areas(self) -> Ints:
@@ -259,9 +274,8 @@ class AttnPlan:
         return "\n".join(lines)
 
 
-def of_rank(table: Ints, rank: int) -> Ints:
-    """The entries of a transfer table that ``rank`` sends or receives."""
-    return table[(table[:, DST] == rank) | (table[:, SRC] == rank)]
+def _in_stage(table: Ints, stage: int) -> Ints:
+    return table[table[:, STAGE] == stage]
 
 
 def areas_of(mask: AttnMask, q_layout: ShardLayout) -> Ints:

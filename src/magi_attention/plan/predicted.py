@@ -73,7 +73,7 @@ def not_slower_than(plan: AttnPlan, one: Dealing, heads: Heads, cost: CostModel)
     """
     dealt, alone = (
         workloads(plan, heads, cost),
-        workloads(replace(plan, forward=one, backward=one, _ranks={}, _hops={}), heads, cost),
+        workloads(replace(plan, forward=one, backward=one), heads, cost),
     )
     forward, backward = (
         one if times(few, cost).max() < times(many, cost).max() else dealing
@@ -82,7 +82,7 @@ def not_slower_than(plan: AttnPlan, one: Dealing, heads: Heads, cost: CostModel)
             (backward_times, dealt[1], alone[1], plan.backward),
         )
     )
-    return replace(plan, forward=forward, backward=backward, _ranks={}, _hops={})
+    return replace(plan, forward=forward, backward=backward)
 
 
 def fastest(plans: Iterator[AttnPlan], heads: Heads, cost: CostModel) -> AttnPlan:

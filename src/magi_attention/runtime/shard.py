@@ -113,7 +113,7 @@ def roll_exchange(session: Session, role: AttnRole, shift: int) -> tuple[Exchang
     found = np.searchsorted(arrival[by_position], source)
     arrived = by_position[np.minimum(found, max(len(arrival) - 1, 0))] if len(arrival) else np.zeros_like(source)
     index[positions < total] = np.where(owner == rank, row, len(positions) + arrived)
-    return exchange_of(table, rank, layout.num_ranks), index
+    return exchange_of(table[table[:, SRC] == rank], received, layout.num_ranks), index
 
 
 def roll_rows(local: Tensor, session: Session, role: AttnRole, shift: int) -> Tensor:
