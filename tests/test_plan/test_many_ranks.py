@@ -1,4 +1,4 @@
-"""Every dispatcher, stage split, hierarchy and moved query, on up to 256 ranks: carried out on row numbers, as in the fuzz of few."""
+"""Every dispatcher, stage split, hierarchy and moved query, on up to 1,024 ranks: carried out on row numbers, as in the fuzz of few."""
 
 from __future__ import annotations
 
@@ -50,16 +50,17 @@ def random_mask(rng: np.random.Generator, total: int) -> AttnMask:
     return masks[int(rng.integers(0, len(masks)))]
 
 
-def check(num_ranks: int, seed: int, alg: DispatchAlg, stages: str) -> None:
+def check(num_ranks: int, seed: int, alg: DispatchAlg, stages: str, *, moves: bool, nodes: bool) -> None:
     rng = np.random.default_rng([num_ranks, seed])
     chunk_size = int(rng.integers(1, 4))
-    total = num_ranks * chunk_size * int(rng.integers(1, 4)) - int(rng.integers(0, chunk_size + 1))
+    total = num_ranks * chunk_size * int(rng.integers(1, 1 + max(1, 2048 // num_ranks // chunk_size)))
+    total -= int(rng.integers(0, chunk_size + 1))
     plan = build_plan(
         random_mask(rng, total),
         num_ranks,
         DistAttnConfig(DispatchConfig(chunk_size=chunk_size, uneven_shard=seed % 4 == 3, alg=alg), STAGES[stages]),
-        moves_queries=RowBytes(key=2, query=3) if seed % 3 == 1 else None,
-        ranks_per_node=int(rng.choice([2, num_ranks // 4])) if seed % 2 else None,
+        moves_queries=RowBytes(key=2, query=3) if moves else None,
+        ranks_per_node=int(rng.choice([2, 8, num_ranks // 4])) if nodes else None,
     )
     check_cells(plan)
     check_deliveries(plan)
@@ -70,13 +71,34 @@ def check(num_ranks: int, seed: int, alg: DispatchAlg, stages: str) -> None:
 @pytest.mark.parametrize("alg", ALGORITHMS, ids=lambda alg: alg.type.value)
 def test_dozens_of_ranks(alg: DispatchAlg, stages: str) -> None:
     at = ALGORITHMS.index(alg) + len(ALGORITHMS) * list(STAGES).index(stages)
-    check((24, 40, 64)[at % 3], at, alg, stages)
+    check((24, 40, 64)[at % 3], at, alg, stages, moves=at % 3 == 1, nodes=at % 2 == 1)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(8))
-def test_hundreds_of_ranks(seed: int) -> None:
-    check(256, seed, ALGORITHMS[seed % len(ALGORITHMS)], list(STAGES)[seed % len(STAGES)])
+@pytest.mark.parametrize("moves", [False, True], ids=["keys move", "queries may move"])
+@pytest.mark.parametrize("nodes", [False, True], ids=["flat", "nodes"])
+@pytest.mark.parametrize("num_ranks", [256, 1024])
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize("alg", ALGORITHMS, ids=lambda alg: alg.type.value)
+def test_hundreds_of_ranks(alg: DispatchAlg, stages: str, num_ranks: int, nodes: bool, moves: bool) -> None:
+    at = ALGORITHMS.index(alg) + len(ALGORITHMS) * list(STAGES).index(stages)
+    check(num_ranks, at, alg, stages, moves=moves, nodes=nodes)
+
+
+@pytest.mark.parametrize("kind", ["flat", "nodes", "queries"])
+def test_a_thousand_ranks(kind: str) -> None:
+    edges = np.append(np.arange(0, 2048, 100), 2048)
+    plan = build_plan(
+        varlen(edges, causal=True),
+        1024,
+        DistAttnConfig(DispatchConfig(chunk_size=2), OverlapConfig(degree=2, min_chunk_size=1)),
+        moves_queries=RowBytes(key=4, query=3) if kind == "queries" else None,
+        ranks_per_node=8 if kind == "nodes" else None,
+    )
+    assert (plan.moved is not None) == (kind == "queries")
+    assert (plan.rows_between_nodes > 0) == (kind == "nodes")
+    check_cells(plan)
+    check_deliveries(plan)
 
 
 def test_queries_on_their_way_to_hundreds_of_ranks() -> None:

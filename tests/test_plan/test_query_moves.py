@@ -1,7 +1,10 @@
 """When queries move instead of keys."""
 
-from magi_attention.config import DispatchConfig, DistAttnConfig
-from magi_attention.mask import AttnMask
+import numpy as np
+import pytest
+
+from magi_attention.config import DispatchConfig, DistAttnConfig, SequentialDispatchAlg
+from magi_attention.mask import AttnMask, varlen
 from magi_attention.plan import build_plan
 from magi_attention.plan.query_moves import RowBytes
 from magi_attention.testing.plan_check import check_cells, check_deliveries
@@ -27,3 +30,31 @@ def test_where_it_is_not_plain_keys_move() -> None:
     keys = build_plan(causal, 4, CONFIG)
     unasked = build_plan(causal, 4, CONFIG, moves_queries=ROW_BYTES, only_few_queries=True)
     assert unasked.digest() == keys.digest()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_never_more_bytes_than_without(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    edges = np.unique(np.concatenate([[0, 300], rng.integers(1, 300, 5)]))
+    window = (int(rng.integers(0, 60)), int(rng.integers(0, 3))) if seed % 2 else None
+    mask = varlen(edges, window_size=window) if window else varlen(edges, causal=seed % 4 == 0)
+    config = DistAttnConfig(DispatchConfig(chunk_size=int(rng.integers(1, 9)), alg=SequentialDispatchAlg()))
+    row_bytes = RowBytes(key=int(rng.integers(1, 9)), query=int(rng.integers(1, 5)))
+    num_ranks = int(rng.integers(2, 13))
+    keys, queries = (build_plan(mask, num_ranks, config, moves_queries=moves) for moves in (None, row_bytes))
+    moved = int(queries.received_rows.sum()) * row_bytes.key + int(queries.received_queries.sum()) * row_bytes.query
+    without = int(keys.received_rows.sum()) * row_bytes.key
+    assert moved < without if queries.moved is not None else moved == without
+    check_cells(queries)
+    check_deliveries(queries)
+
+
+def test_some_of_those_move_queries_and_some_rows_of_others_stay() -> None:
+    # One rank holds the end of a document, of which the middle chunk asks for little: its keys move, the others' queries do.
+    mask = AttnMask.from_slices([[8, 12], [12, 16], [16, 24]], [[0, 8], [7, 8], [0, 8]], "full", 24, 24)
+    config = DistAttnConfig(DispatchConfig(chunk_size=4, alg=SequentialDispatchAlg()))
+    plan = build_plan(mask, 3, config, moves_queries=RowBytes(key=2, query=2))
+    assert plan.received_queries.tolist() == [4, 0, 0]
+    assert plan.received_rows.tolist() == [0, 1, 8]
+    check_cells(plan)
+    check_deliveries(plan)

@@ -9,18 +9,11 @@ from magi_attention.config import DistAttnConfig, OverlapConfig
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import Ints
 from magi_attention.plan.cost import CostModel, Heads, cost_of
-from magi_attention.plan.demand import DST, SRC, remote_transfers, split_by_owner
+from magi_attention.plan.demand import remote_transfers
 from magi_attention.plan.layout import ShardLayout
 from magi_attention.plan.plan import AttnPlan, areas_of
 from magi_attention.plan.predicted import fastest, not_slower_than
-from magi_attention.plan.query_moves import (
-    RowBytes,
-    choose_moves,
-    cut_in_parts,
-    guest_transfers,
-    key_intervals,
-    queries_are_few,
-)
+from magi_attention.plan.query_moves import RowBytes, choose_moves, queries_are_few
 from magi_attention.plan.sharding import make_layouts
 from magi_attention.plan.stages import deal
 from magi_attention.plan.workload import Dealing
@@ -82,8 +75,8 @@ def build_plan(
     )
 
     def complete(q_and_k: tuple[ShardLayout, ShardLayout]) -> AttnPlan:
-        moves = moves_queries, only_few_queries
-        plan, undealt = _plan_over(mask, *q_and_k, config.overlap_config, cost, moves, ranks_per_node)
+        asks = moves_queries, only_few_queries
+        plan, undealt = _plan_over(mask, *q_and_k, config.overlap_config, cost, asks, ranks_per_node)
         if plan.moved is None or config.overlap_config.mode is AttnOverlapMode.STATIC or not len(undealt):
             return plan
         return not_slower_than(plan, Dealing(undealt, 1), heads, cost)
@@ -97,25 +90,21 @@ def _plan_over(
     k_layout: ShardLayout,
     config: OverlapConfig,
     cost: CostModel,
-    moves: tuple[RowBytes | None, bool],
+    asks: tuple[RowBytes | None, bool],
     ranks_per_node: int | None,
 ) -> tuple[AttnPlan, Ints]:
     """The plan of a mask whose rows are laid out, and the transfers of its keys before they were dealt to stages.
 
-    ``moves``: ``moves_queries`` and ``only_few_queries`` of `build_plan`.
+    ``asks``: ``moves_queries`` and ``only_few_queries`` of `build_plan`.
     """
-    moves_queries, only_few_queries = moves
+    moves_queries, only_few_queries = asks
     moved, guests = None, np.empty((0, 6), np.int64)
-    transfers = remote_transfers(mask.bands, q_layout, k_layout)
+    transfers, areas = remote_transfers(mask.bands, q_layout, k_layout), areas_of(mask, q_layout)
     if moves_queries is not None and not (
         only_few_queries and not queries_are_few(mask.bands, transfers, q_layout.num_ranks, moves_queries)
     ):
-        parts = cut_in_parts(mask.bands, q_layout, k_layout)
-        chosen = choose_moves(parts, q_layout, moves_queries)
-        if chosen.any():
-            moved, guests = chosen, guest_transfers(parts, chosen, q_layout)
-            transfers = split_by_owner(key_intervals(parts, chosen), k_layout)
-            transfers = transfers[transfers[:, DST] != transfers[:, SRC]]
-    areas = areas_of(mask, q_layout)
+        moves = choose_moves(mask.bands, q_layout, k_layout, transfers, areas, moves_queries)
+        if moves is not None:
+            moved, guests, transfers = moves.moved, moves.guests, moves.transfers
     forward, backward = deal(transfers, mask.bands, q_layout, k_layout, areas, config, cost, ranks_per_node)
     return AttnPlan(mask, q_layout, k_layout, forward, backward, guests, moved, ranks_per_node), transfers

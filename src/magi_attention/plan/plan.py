@@ -28,6 +28,7 @@ from magi_attention.plan.local_slices import (
     segments_of_layout,
     to_buffer,
 )
+from magi_attention.plan.query_moves import guest_cells
 from magi_attention.plan.workload import Dealing
 
 if TYPE_CHECKING:
@@ -191,15 +192,15 @@ class AttnPlan:
     @cached_property
     def areas(self) -> Ints:
         """``[num_ranks]`` attended cells that each rank computes."""
+        areas, moved = areas_of(self.mask, self.q_layout), self.guest_cells
+        return areas if moved is None else areas - moved[0] + moved[1]
+
+    @cached_property
+    def guest_cells(self) -> tuple[Ints, Ints] | None:
+        """``[num_ranks]`` each: cells that every rank gives away, and takes, with moved queries; None where none move."""
         if self.moved is None:
-            return areas_of(self.mask, self.q_layout)
-        areas = np.zeros(self.num_ranks, np.int64)
-        for rank in range(self.num_ranks):
-            part = self.rank(rank)
-            guests = () if part.guests is None else (part.guests,)
-            tables = [part.host_bands, *(stage.bands for stage in (*part.stages, *guests))]
-            areas[rank] = sum(int(area(bands).sum()) for bands in tables)
-        return areas
+            return None
+        return guest_cells(self.mask.bands, self.q_layout, self.k_layout, self.moved)
 
     @property
     def imbalance(self) -> float:

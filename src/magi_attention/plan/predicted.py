@@ -8,10 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from magi_attention.mask.bands import Ints, area
 from magi_attention.plan.cost import CostModel, Heads, Workload, backward_times, forward_times
 from magi_attention.plan.plan import AttnPlan
-from magi_attention.plan.workload import Dealing, WorkDensity, cells_at_home, predict
+from magi_attention.plan.workload import (
+    Dealing,
+    WorkDensity,
+    apart_by_node,
+    cells_at_home,
+    predict,
+    rows_by_stage,
+)
 
 # Steps that differ by less are equal: what separates them may be rounding, and every rank must choose the same plan.
 _TIE = 1 + 1e-9
@@ -21,8 +27,6 @@ _BOUND_BY_COMPUTING = 0.9
 
 def workloads(plan: AttnPlan, heads: Heads, cost: CostModel) -> tuple[Workload, Workload]:
     """What every rank does, forward and backward."""
-    if plan.moved is not None:
-        return _workload_with_guests(plan, plan.forward, heads), _workload_with_guests(plan, plan.backward, heads)
     home = cells_at_home(plan.mask.bands, plan.q_layout, plan.k_layout)
     density = None
     if max(plan.forward.num_stages, plan.backward.num_stages) > 1:
@@ -30,34 +34,28 @@ def workloads(plan: AttnPlan, heads: Heads, cost: CostModel) -> tuple[Workload, 
     relayed = plan.ranks_per_node is not None
     nodes = plan.ranks_per_node if relayed else cost.ranks_per_node
 
+    at_home = plan.areas if plan.guest_cells is None else plan.areas - plan.guest_cells[1]
+
     def of(dealing: Dealing) -> Workload:
-        return predict(dealing, plan.areas, home, density, plan.k_layout, ranks_per_node=nodes, relayed=relayed)
+        work = predict(dealing, at_home, home, density, plan.k_layout, ranks_per_node=nodes, relayed=relayed)
+        return work if plan.guest_cells is None else _with_guests(work, plan, heads, nodes)
 
     forward = of(plan.forward)
     return forward, forward if plan.backward is plan.forward else of(plan.backward)
 
 
-def _workload_with_guests(plan: AttnPlan, dealing: Dealing, heads: Heads) -> Workload:
-    """Guests are a stage of their own, their rows counted in rows of keys of as many bytes. Counted from every rank's slices."""
-    parts = [plan.rank(rank) for rank in range(plan.num_ranks)]
-    of_pass = [part.stages if dealing is plan.forward else part.backward_stages for part in parts]
-    host = np.array([_cells(part.host_bands) for part in parts], np.float64)
-    cells = [[_cells(stages[number].bands) for stages in of_pass] for number in range(dealing.num_stages)]
-    rows = [
-        [max(stages[number].exchange.num_sent, stages[number].exchange.num_received) for stages in of_pass]
-        for number in range(dealing.num_stages)
-    ]
-    guests = [part.guests for part in parts if part.guests is not None]
+def _with_guests(work: Workload, plan: AttnPlan, heads: Heads, ranks_per_node: int | None) -> Workload:
+    """Guests are a stage of their own, the first; their rows go there and back, counted in rows of keys of as many bytes."""
+    assert plan.guest_cells is not None
+    within, between = apart_by_node(plan.guests, ranks_per_node)
     both_ways = 2 * heads.query_bytes / heads.key_bytes
-    cells.insert(0, [_cells(guest.bands) for guest in guests])
-    rows.insert(0, [int(max(g.exchange.num_sent, g.exchange.num_received) * both_ways) for g in guests])
-    shape = (-1, plan.num_ranks)
-    stage_rows = np.array(rows, np.float64).reshape(shape)
-    return Workload(host, np.array(cells, np.float64).reshape(shape), stage_rows, np.zeros_like(stage_rows))
-
-
-def _cells(bands: Ints) -> int:
-    return int(area(bands).sum())
+    rows, crossing = (rows_by_stage(table, 1, plan.num_ranks) * both_ways for table in (within, between))
+    return replace(
+        work,
+        stage_cells=np.concatenate([plan.guest_cells[1][None], work.stage_cells]),
+        stage_rows=np.concatenate([rows, work.stage_rows]),
+        stage_between=np.concatenate([crossing, work.stage_between]),
+    )
 
 
 def predicted_step(plan: AttnPlan, heads: Heads, cost: CostModel) -> float:

@@ -10,6 +10,9 @@ computed there against all keys of B that it attends.
     chunk q0      x  x              k0..k3 move to A:   4 rows of keys
     chunk q1      x  x  x  x        q1 moves to B, k0 and k1 to A
     chunk q2      x  x              (a suffix over a long prefix is all q1)
+
+All pairs of ranks that exchange anything are looked at together (``plan.covers``), in the host's local rows: what a piece of the mask asks of
+a host, of however many runs, is one interval there.
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from magi_attention.mask.bands import K0, K1, Q0, Q1, Ints, area, split_k, split_q
+from magi_attention.mask.bands import HI, K0, K1, LO, Q0, Q1, Ints, expand, split_q
+from magi_attention.plan.covers import Requests, best_covers
 from magi_attention.plan.demand import BEGIN, DST, END, SRC, split_by_owner, union_by_group
 from magi_attention.plan.layout import ShardLayout
+from magi_attention.plan.own_keys import OwnKeys
 
 Flags = NDArray[np.bool_]
 
@@ -56,94 +61,149 @@ def queries_are_few(bands: Ints, transfers: Ints, num_ranks: int, row_bytes: Row
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
-    """The mask cut by query chunk and by run of keys: ``bands`` ``[p, 6]``, and of each row its ``chunk``, key ``run``, and
-    the ranks that own them."""
+class Asked:
+    """What queries ask of other ranks, by piece of a query chunk and host.
+
+    ``bands`` ``[n, 6]``: the piece, with all its keys. ``chunk``, ``host``, ``pair`` ``[n]``: whose piece it is, whom it asks, and which of the
+    pairs of ranks those are. ``begin``, ``end`` ``[n]``: the host's local rows among the keys, at least one.
+    """
 
     bands: Ints
     chunk: Ints
-    run: Ints
-    q_rank: Ints
-    k_rank: Ints
+    host: Ints
+    pair: Ints
+    begin: Ints
+    end: Ints
 
-    def select(self, which: Flags) -> Parts:
-        return Parts(self.bands[which], self.chunk[which], self.run[which], self.q_rank[which], self.k_rank[which])
+    def select(self, which: Flags) -> Asked:
+        columns = (self.bands, self.chunk, self.host, self.pair, self.begin, self.end)
+        return Asked(*(column[which] for column in columns))
+
+    def queries(self, own: OwnKeys) -> Ints:
+        """``[n, 2]``: from the first query that attends a key of the host to the last."""
+        first, last = own.positions(self.host, self.begin), own.positions(self.host, self.end - 1)
+        begin = np.maximum(self.bands[:, Q0], first - self.bands[:, HI])
+        end = np.minimum(self.bands[:, Q1], last - self.bands[:, LO] + 1)
+        return np.stack([begin, end], axis=1)
 
 
-def cut_in_parts(bands: Ints, q_layout: ShardLayout, k_layout: ShardLayout) -> Parts:
-    """All cells, by query chunk and run of keys."""
-    edges, runs = q_layout.chunk_edges, k_layout.runs
-    pieces, _, chunk = split_q(bands, edges[:-1], edges[1:])
-    parts, piece, run = split_k(pieces, runs[:, 0], runs[:, 1])
-    return Parts(parts, chunk[piece], run, q_layout.owner[chunk[piece]], runs[run, 2])
+@dataclass(frozen=True, eq=False)
+class Moves:
+    """What moves: ``moved`` ``[num_chunks, num_ranks]``, which query chunks are computed as guests of which ranks; ``guests``, the transfer
+    table of their rows; ``transfers``, that of the keys that still move. Exactly the rows needed, each once."""
+
+    moved: Flags
+    guests: Ints
+    transfers: Ints
 
 
-def choose_moves(parts: Parts, q_layout: ShardLayout, row_bytes: RowBytes) -> Flags:
-    """``[num_chunks, num_ranks]``: which query chunks are computed as guests of which ranks.
+def choose_moves(
+    bands: Ints, q_layout: ShardLayout, k_layout: ShardLayout, transfers: Ints, areas: Ints, row_bytes: RowBytes
+) -> Moves | None:
+    """Where queries move in place of ``transfers``, those of all keys that are needed; None where they do nowhere.
 
     For each pair of ranks, chunks are taken by falling demand, and as many of them move as makes the fewest bytes: the best cover where
-    demands are nested, as under causal masks and suffixes. Pairs that save most come first, while the host's area allows.
+    demands are nested, as under causal masks and suffixes. Pairs that save most come first, while the host's area allows. ``areas``:
+    ``[num_ranks]`` cells of each rank's queries.
     """
-    num_chunks, num_ranks = q_layout.num_chunks, q_layout.num_ranks
-    moved = np.zeros((num_chunks, num_ranks), bool)
-    remote = parts.select(parts.q_rank != parts.k_rank)
-    if not len(remote.chunk):
-        return moved
-    load = np.zeros(num_ranks, np.int64)
-    np.add.at(load, parts.q_rank, area(parts.bands))
-    even = int(GUEST_SLACK * load.mean())
+    if not len(transfers):
+        return None
+    num_ranks, own = q_layout.num_ranks, OwnKeys(k_layout)
+    opens = np.flatnonzero(np.diff(transfers[:, DST] * num_ranks + transfers[:, SRC], prepend=-1))
+    pairs = transfers[opens][:, [DST, SRC]]  # (home, host), ascending
+    asked = _ask(bands, q_layout, own, pairs)
+    rows = np.stack([asked.begin, asked.end], axis=1)
+    moves, saved = best_covers(
+        Requests(asked.pair, asked.chunk, asked.host, rows, asked.queries(own)),
+        np.add.reduceat(transfers[:, END] - transfers[:, BEGIN], opens),
+        row_bytes.key,
+        row_bytes.query,
+    )
+    wishes = asked.select(moves)
+    cells = np.zeros(len(pairs), np.int64)
+    np.add.at(cells, wishes.pair, own.cells(wishes.host, wishes.bands))
+    accepted = _while_areas_allow(pairs, saved, cells, areas)
+    if not accepted.any():
+        return None
 
-    pair = remote.q_rank * num_ranks + remote.k_rank
-    order = np.argsort(pair, kind="stable")
-    bounds = np.flatnonzero(np.diff(pair[order], prepend=-1, append=-1))
-    plans = [
-        _best_cover(remote, order[start:stop], row_bytes) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
-    waiting = sorted((one for one in plans if one[0] > 0), key=lambda one: -one[0])
+    guests = wishes.select(accepted[wishes.pair])
+    moved = np.zeros((q_layout.num_chunks, num_ranks), bool)
+    moved[guests.chunk, guests.host] = True
+    pair_of_transfer = np.repeat(np.arange(len(pairs)), np.diff(np.append(opens, len(transfers))))
+    remaining = _key_transfers(asked.select(accepted[asked.pair] & ~moves), pairs, own)
+    together = np.concatenate([transfers[~accepted[pair_of_transfer]], remaining])
+    together = together[np.argsort(together[:, DST] * num_ranks + together[:, SRC], kind="stable")]
+    return Moves(moved, _guest_transfers(guests, own, q_layout), together)
+
+
+def _ask(bands: Ints, q_layout: ShardLayout, own: OwnKeys, pairs: Ints) -> Asked:
+    """All that is asked between ``pairs`` ``[m, 2]`` of ranks (home, host), ascending."""
+    edges = q_layout.chunk_edges
+    pieces, _, chunk = split_q(bands, edges[:-1], edges[1:])
+    home = q_layout.owner[chunk]
+    bounds = np.searchsorted(pairs[:, 0], np.arange(q_layout.num_ranks + 1))
+    piece, pair = expand(bounds[home], bounds[home + 1] - bounds[home])
+    host = pairs[pair, 1]
+    begin, end = (own.below(host, pieces[piece, column]) for column in (K0, K1))
+    some = begin < end
+    piece, pair = piece[some], pair[some]
+    return Asked(pieces[piece], chunk[piece], host[some], pair, begin[some], end[some])
+
+
+def _while_areas_allow(pairs: Ints, saved: Ints, cells: Ints, areas: Ints) -> Flags:
+    """``[num_pairs]``: which pairs move ``cells`` from home to host, those that save most first."""
+    load, accepted = areas.tolist(), np.zeros(len(pairs), bool)
+    even = int(GUEST_SLACK * areas.mean())
+    order = np.argsort(-saved, kind="stable")[: np.count_nonzero(saved)]
+    waiting = list(zip(order.tolist(), *pairs[order].T.tolist(), cells[order].tolist(), strict=True))
     # A rank that gives work away can take some afterwards, hence the second round; only what is then left may load a rank beyond the mean.
-    for limit in (even, even, max(even, int(load.max()))):
+    for limit in (even, even, max(even, int(areas.max()))):
         refused = []
         for one in waiting:
-            _, chunks, cells, host, home = one
-            if load[host] + cells > limit:
+            pair, home, host, more = one
+            if load[host] + more > limit:
                 refused.append(one)
                 continue
-            moved[chunks, host] = True
-            load[host] += cells
-            load[home] -= cells
+            accepted[pair] = True
+            load[host] += more
+            load[home] -= more
         waiting = refused
-    return moved
+    return accepted
 
 
-def _best_cover(remote: Parts, at: Ints, row_bytes: RowBytes) -> tuple[int, Ints, int, int, int]:
-    """For one pair of ranks, parts ``at``: ``(bytes saved, chunks that move, their cells, host, home)``."""
-    bands, chunk = remote.bands[at], remote.chunk[at]
-    chunks, index = np.unique(chunk, return_inverse=True)
-    runs, column = np.unique(remote.run[at], return_inverse=True)
-    need = np.zeros((len(chunks), len(runs)), np.int64)
-    np.maximum.at(need, (index, column), bands[:, K1] - bands[:, K0])
-    rows = union_by_group(index, bands[:, Q0], bands[:, Q1])
-    queries = np.zeros(len(chunks), np.int64)
-    np.add.at(queries, rows[:, 0], rows[:, 2] - rows[:, 1])
-    by_demand = np.argsort(-need.sum(axis=1), kind="stable")
-    # stay[t]: key rows that must move if the first t chunks of `by_demand` move.
-    stay = np.append(np.maximum.accumulate(need[by_demand][::-1], axis=0)[::-1].sum(axis=1), 0)
-    cost = np.append(0, np.cumsum(queries[by_demand])) * row_bytes.query + stay * row_bytes.key
-    best = int(np.argmin(cost))
-    moving = chunks[by_demand[:best]]
-    cells = int(area(bands[np.isin(chunk, moving)]).sum())
-    return int(cost[0] - cost[best]), moving, cells, int(remote.k_rank[at[0]]), int(remote.q_rank[at[0]])
+def _key_transfers(stays: Asked, pairs: Ints, own: OwnKeys) -> Ints:
+    """The transfer table of the keys that queries that stay ask for."""
+    needed = union_by_group(stays.pair, stays.begin, stays.end)
+    home, host = pairs[needed[:, 0]].T
+    at, begin, end = own.cut_rows(host, needed[:, 1], needed[:, 2])
+    return np.stack([np.zeros_like(at), home[at], host[at], begin, end, own.below(host[at], begin)], axis=1)
 
 
-def key_intervals(parts: Parts, moved: Flags) -> Ints:
-    """``[n, 3]`` rows ``(rank, k_begin, k_end)``: the keys that ranks attend with queries that stay, own keys included."""
-    stays = parts.select(~moved[parts.chunk, parts.k_rank])
-    return union_by_group(stays.q_rank, stays.bands[:, K0], stays.bands[:, K1])
-
-
-def guest_transfers(parts: Parts, moved: Flags, q_layout: ShardLayout) -> Ints:
-    """The transfer table of query rows: exactly those of moved chunks that attend keys of the host, each once."""
-    moves = parts.select(moved[parts.chunk, parts.k_rank])
-    table = split_by_owner(union_by_group(moves.k_rank, moves.bands[:, Q0], moves.bands[:, Q1]), q_layout)
+def _guest_transfers(guests: Asked, own: OwnKeys, q_layout: ShardLayout) -> Ints:
+    """The transfer table of the queries that attend keys of their hosts."""
+    bands, host, queries = guests.bands, guests.host, guests.queries(own)
+    # Between two runs of the host's keys there are queries that attend neither only where the band is narrower than the gap.
+    narrow = bands[:, HI] - bands[:, LO] < bands[:, K1] - bands[:, K0] - 2
+    cut, begin, end = own.cut_rows(host[narrow], guests.begin[narrow], guests.end[narrow])
+    pieces = bands[narrow][cut]
+    by_run = np.stack(
+        [np.maximum(pieces[:, Q0], begin - pieces[:, HI]), np.minimum(pieces[:, Q1], end - pieces[:, LO])], axis=1
+    )
+    begin, end = np.concatenate([queries[~narrow], by_run]).T
+    table = split_by_owner(union_by_group(np.concatenate([host[~narrow], host[narrow][cut]]), begin, end), q_layout)
     assert not (table[:, DST] == table[:, SRC]).any(), "a chunk is no guest at home"
     return table
+
+
+def guest_cells(bands: Ints, q_layout: ShardLayout, k_layout: ShardLayout, moved: Flags) -> tuple[Ints, Ints]:
+    """``[num_ranks]`` each: the cells that every rank gives away with its queries, and those that it computes for guests."""
+    chunk, host = np.nonzero(moved)
+    edges = q_layout.chunk_edges
+    pieces, _, chunk_of_piece = split_q(bands, edges[:-1], edges[1:])
+    bounds = np.searchsorted(chunk, np.arange(q_layout.num_chunks + 1))
+    piece, at = expand(bounds[chunk_of_piece], bounds[chunk_of_piece + 1] - bounds[chunk_of_piece])
+    cells = OwnKeys(k_layout).cells(host[at], pieces[piece])
+    given, taken = np.zeros(q_layout.num_ranks, np.int64), np.zeros(q_layout.num_ranks, np.int64)
+    np.add.at(given, q_layout.owner[chunk[at]], cells)
+    np.add.at(taken, host[at], cells)
+    return given, taken

@@ -16,6 +16,7 @@ from magi_attention.plan.cost import Times, Workload
 from magi_attention.plan.demand import BEGIN, DST, END, SRC, STAGE, rows_by_rank, union_by_group
 from magi_attention.plan.hierarchy import two_hops
 from magi_attention.plan.layout import ShardLayout
+from magi_attention.plan.own_keys import OwnKeys
 
 # Columns of the grid on which the density of work over keys is kept: fine enough to tell stages apart, and cheap.
 _NUM_COLUMNS = 256
@@ -69,54 +70,9 @@ def cells_at_home(bands: Ints, q_layout: ShardLayout, k_layout: ShardLayout) -> 
     """``[num_ranks]``: cells whose query and key one rank holds."""
     pieces, _, run = split_q(bands, q_layout.runs[:, 0], q_layout.runs[:, 1])
     rank = q_layout.runs[run, 2]
-    q0, q1, k0, k1, lo, hi = pieces.T
-    own = _OwnKeys(k_layout)
-    # As `area`, with the keys that the rank owns up to a position in place of the position itself.
-    num_slanted = np.clip(k1 - hi - 1 - q0, 0, q1 - q0)
-    right = own.sum_below(rank, q0 + num_slanted + hi + 1) - own.sum_below(rank, q0 + hi + 1)
-    right += (q1 - q0 - num_slanted) * own.below(rank, k1)
-    num_level = np.clip(k0 - lo - q0, 0, q1 - q0)
-    left = own.sum_below(rank, q1 + lo) - own.sum_below(rank, q0 + num_level + lo)
-    left += num_level * own.below(rank, k0)
     cells = np.zeros(q_layout.num_ranks, np.int64)
-    np.add.at(cells, rank, right - left)
+    np.add.at(cells, rank, OwnKeys(k_layout).cells(rank, pieces))
     return cells
-
-
-class _OwnKeys:
-    """How many keys a rank owns below a position, and the sum of that over positions: quadratic between the ends of runs."""
-
-    def __init__(self, layout: ShardLayout) -> None:
-        runs = layout.runs[np.lexsort((layout.runs[:, 0], layout.runs[:, 2]))]
-        self.start, end, self.rank, self.before = runs.T
-        self.length = end - self.start
-        self.stride = layout.padded_seqlen + 1
-        self.keyed = self.rank * self.stride + self.start
-        # sum_below at the start of each run: over the run before it, and the gap between them; anew for each rank.
-        gap = np.append(self.start[1:], 0) - end
-        grown = self.before * self.length + self.length * (self.length - 1) // 2 + (self.before + self.length) * gap
-        total = np.cumsum(grown) - grown
-        opens = np.flatnonzero(np.diff(self.rank, prepend=-1))
-        group = np.cumsum(np.diff(self.rank, prepend=-1) != 0) - 1
-        self.total = total - total[opens][group]
-
-    def _locate(self, rank: Ints, position: Ints) -> tuple[Ints, Ints, NDArray[np.bool_]]:
-        """The last run of ``rank`` that starts at or before a position, how far behind its start that is, and whether there is one."""
-        at = np.searchsorted(self.keyed, rank * self.stride + position, side="right") - 1
-        found = (at >= 0) & (self.rank[at] == rank)
-        return at, position - self.start[at], found
-
-    def below(self, rank: Ints, position: Ints) -> Ints:
-        at, past, found = self._locate(rank, position)
-        return np.where(found, self.before[at] + np.minimum(past, self.length[at]), 0)
-
-    def sum_below(self, rank: Ints, position: Ints) -> Ints:
-        """The sum of `below` over positions ``[0, position)``."""
-        at, past, found = self._locate(rank, position)
-        inside = np.minimum(past, self.length[at])
-        rising = self.before[at] * inside + inside * (inside - 1) // 2
-        level = (self.before[at] + self.length[at]) * (past - inside)
-        return np.where(found, self.total[at] + rising + level, 0)
 
 
 def predict(
@@ -142,19 +98,24 @@ def predict(
         cells = np.where(total > 0, cells / np.where(total > 0, total, 1), 1 / num_stages) * remote
     else:
         cells = np.repeat(remote[None, :] / max(num_stages, 1), num_stages, axis=0)
-    within, between = dealing.table, dealing.table[:0]
-    if ranks_per_node is not None:
-        if relayed:
-            hops = two_hops(dealing.table, k_layout, ranks_per_node)
-            within, between = hops.second[hops.second[:, SRC] != hops.second[:, DST]], hops.first
-        else:
-            crosses = within[:, SRC] // ranks_per_node != within[:, DST] // ranks_per_node
-            within, between = within[~crosses], within[crosses]
-    rows, crossing = (_rows_by_stage(table, num_stages, num_ranks) for table in (within, between))
+    if relayed and ranks_per_node is not None:
+        hops = two_hops(dealing.table, k_layout, ranks_per_node)
+        within, between = hops.second[hops.second[:, SRC] != hops.second[:, DST]], hops.first
+    else:
+        within, between = apart_by_node(dealing.table, ranks_per_node)
+    rows, crossing = (rows_by_stage(table, num_stages, num_ranks) for table in (within, between))
     return Workload(home.astype(np.float64), cells, rows, crossing, relayed)
 
 
-def _rows_by_stage(table: Ints, num_stages: int, num_ranks: int) -> Times:
+def apart_by_node(table: Ints, ranks_per_node: int | None) -> tuple[Ints, Ints]:
+    """The entries of a transfer table within nodes, and those between them: none where ranks are on no nodes."""
+    if ranks_per_node is None:
+        return table, table[:0]
+    crosses = table[:, SRC] // ranks_per_node != table[:, DST] // ranks_per_node
+    return table[~crosses], table[crosses]
+
+
+def rows_by_stage(table: Ints, num_stages: int, num_ranks: int) -> Times:
     """``[num_stages, num_ranks]``: rows that each rank sends or receives, whichever are more."""
     rows = np.zeros((num_stages, num_ranks))
     for stage in range(num_stages):

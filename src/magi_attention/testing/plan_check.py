@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from magi_attention.mask.bands import Ints, expand, to_dense
+from magi_attention.mask.bands import Ints, expand
 from magi_attention.plan import AttnPlan, Exchange, ShardLayout, StagePlan
 
 
@@ -67,9 +67,14 @@ def guest_deliveries(plan: AttnPlan) -> list[Ints]:
 
 
 def count_planned_cells(plan: AttnPlan, backward: bool = False) -> Ints:
-    """``[padded_q, padded_k]``: how often the ranks, in all stages, compute each cell."""
-    count = np.zeros((plan.q_layout.padded_seqlen, plan.k_layout.padded_seqlen), np.int64)
+    """``[padded_q, padded_k]``: how often the ranks, in all stages, compute each cell.
+
+    Raises:
+        AssertionError: a table that leaves its buffer, or a rank that computes another number of cells than ``plan.areas`` says.
+    """
     buffers, guests = key_deliveries(plan, backward), guest_deliveries(plan)
+    shape = plan.q_layout.padded_seqlen, plan.k_layout.padded_seqlen
+    cells = [np.empty(0, np.int64)]
     for rank in range(plan.num_ranks):
         part, q_rows, k_rows = plan.rank(rank), plan.q_layout.positions(rank), plan.k_layout.positions(rank)
         steps = [(part.host_bands, q_rows, k_rows)]
@@ -77,10 +82,21 @@ def count_planned_cells(plan: AttnPlan, backward: bool = False) -> Ints:
             steps.append((stage.bands, q_rows, buffers[number][rank]))
         if part.guests is not None:
             steps.append((part.guests.bands, guests[rank], k_rows))
-        for bands, q_of_step, k_of_step in steps:
-            assert not len(bands) or (bands[:, 1].max() <= len(q_of_step) and bands[:, 3].max() <= len(k_of_step))
-            np.add.at(count, np.ix_(q_of_step, k_of_step), to_dense(bands, len(q_of_step), len(k_of_step)))
-    return count
+        of_rank = [_cells(*step) @ (shape[1], 1) for step in steps]
+        num_cells = sum(map(len, of_rank))
+        assert num_cells == plan.areas[rank], f"rank {rank} computes {num_cells} cells, not {plan.areas[rank]}"
+        cells += of_rank
+    return np.bincount(np.concatenate(cells), minlength=shape[0] * shape[1]).reshape(shape)
+
+
+def _cells(bands: Ints, q_rows: Ints, k_rows: Ints) -> Ints:
+    """``[n, 2]``: the global query and key of every cell of a table in the rows of two buffers."""
+    q0, q1, k0, k1, lo, hi = bands.T
+    assert not len(bands) or (min(q0.min(), k0.min()) >= 0 and q1.max() <= len(q_rows) and k1.max() <= len(k_rows))
+    row, query = expand(q0, q1 - q0)
+    begin, end = np.maximum(k0[row], query + lo[row]), np.minimum(k1[row], query + hi[row] + 1)
+    at, key = expand(begin, np.maximum(end - begin, 0))
+    return np.stack([q_rows[query[at]], k_rows[key]], axis=1)
 
 
 def check_cells(plan: AttnPlan) -> None:
@@ -95,23 +111,24 @@ def check_cells(plan: AttnPlan) -> None:
 def check_deliveries(plan: AttnPlan) -> None:
     """Every rank receives exactly the rows that it computes with and does not hold, each once, forward and backward."""
     dense = plan.mask.to_dense()
-    guests = guest_deliveries(plan)
+    guests, none = guest_deliveries(plan), np.empty(0, np.int64)
     k_rank = np.empty(plan.k_layout.padded_seqlen, np.int64)
     for rank in range(plan.num_ranks):
         k_rank[plan.k_layout.positions(rank)] = rank
     chunk_of_query = np.searchsorted(plan.q_layout.chunk_edges, np.arange(plan.mask.num_q), side="right") - 1
     moved = np.zeros((plan.q_layout.num_chunks, plan.num_ranks), bool) if plan.moved is None else plan.moved
     away = moved[chunk_of_query][:, k_rank[: plan.mask.num_k]] & dense  # cells computed where the key lives
+    at_home = dense & ~away
     deliveries = [key_deliveries(plan, backward) for backward in (False, True)]
     for rank in range(plan.num_ranks):
         queries = plan.q_layout.positions(rank)
         queries = queries[queries < plan.mask.num_q]
-        attended = np.flatnonzero((dense & ~away)[queries].any(axis=0))
+        attended = np.flatnonzero(at_home[queries].any(axis=0))
         demanded = np.setdiff1d(attended, plan.k_layout.positions(rank))
         keys_here = plan.k_layout.positions(rank)
         visiting = np.flatnonzero(away[:, keys_here[keys_here < plan.mask.num_k]].any(axis=1))
         for of_pass in deliveries:
-            received = np.concatenate([np.empty(0, np.int64), *(buffer[rank] for buffer in of_pass)])
+            received = np.concatenate([none, *(buffer[rank] for buffer in of_pass)])
             _same_once(received, demanded, f"rank {rank}, keys")
         _same_once(guests[rank], visiting, f"rank {rank}, guests")
     if plan.ranks_per_node is not None:
