@@ -123,7 +123,7 @@ def compare_dispatchers(quick: bool, seeds: int) -> None:
             )
 
 
-def time_keys() -> None:
+def time_keys(quick: bool) -> None:
     """What a program waits for where every micro-batch has a mask of its own: `magi_attn_flex_key` and this rank's part of the plan."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -134,7 +134,8 @@ def time_keys() -> None:
         "\nKeys, end to end: ranges to the plan of one rank, packed causal documents, best of five new masks; and the same key again"
     )
     print(f"{'tokens':>10}{'ranks':>6} {'documents of':>13} {'chunk':>8} {'new ms':>7} {'again ms':>9}")
-    for total, num_ranks, mean in [(256 * K, 4, 15_000), (M, 64, 15_000), (M, 64, 300)]:
+    cases = [(256 * K, 4, 15_000), (M, 64, 15_000), (M, 64, 300)] + ([] if quick else [(8 * M, 1024, 15_000)])
+    for total, num_ranks, mean in cases:
         dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
         for chunk_size in (None, 512):
             times = []
@@ -151,22 +152,49 @@ def time_keys() -> None:
         dist.destroy_process_group()
 
 
+def step_bytes(plan: AttnPlan, row_bytes: RowBytes) -> int:
+    """What all ranks receive in a step, forward and backward."""
+    return int(plan.received_rows.sum()) * row_bytes.key + int(plan.received_queries.sum()) * row_bytes.query
+
+
 def move_queries(heads: Heads) -> None:
+    print(
+        "\nLooking for queries to move (MAGI_ATTENTION_QO_COMM=1): planning beside planning without, as many heads of keys as given"
+    )
+    print(
+        f"{'mask':<12}{'tokens':>10}{'ranks':>6}{'chunk':>7} {'kv heads':>9} {'without ms':>11} {'with ms':>8} {'bytes':>7}"
+    )
+    for name, mask, num_ranks in (
+        ("causal", causal(M), 64),
+        ("documents", documents(M), 64),
+        ("documents", documents(4 * M), 512),
+    ):
+        for num_heads_kv in (heads.num_heads_kv, heads.num_heads_q):
+            row_bytes = RowBytes.of(heads.num_heads_q, num_heads_kv, heads.head_dim, heads.itemsize)
+            config = DistAttnConfig(DispatchConfig(chunk_size=512))
+            times, moved = [], []
+            for moves in (None, row_bytes):
+                start = time.process_time()
+                plan = build_plan(mask, num_ranks, config, moves_queries=moves)
+                plan.rank(num_ranks // 2)
+                times.append(time.process_time() - start)
+                moved.append(step_bytes(plan, row_bytes))
+            print(
+                f"{name:<12}{mask.num_q:>10,}{num_ranks:>6}{512:>7} {num_heads_kv:>9} {times[0] * 1e3:>11.0f} {times[1] * 1e3:>8.0f} "
+                f"{moved[1] / moved[0]:>7.3f}"
+            )
     print("\nMoving queries: the last 1,024 of 1,048,576 tokens attend all before them, 64 ranks, chunks of 256")
     mask = suffix_over_prefix(M)
     row_bytes = RowBytes.of(heads.num_heads_q, heads.num_heads_kv, heads.head_dim, heads.itemsize)
     config = DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=256))
     keys, queries = (build_plan(mask, 64, config, moves_queries=moves) for moves in (None, row_bytes))
-    step_bytes = [
-        int(plan.received_rows.sum()) * row_bytes.key + int(plan.received_queries.sum()) * row_bytes.query
-        for plan in (keys, queries)
-    ]
-    for name, plan, moved in zip(("keys move", "queries may"), (keys, queries), step_bytes, strict=True):
+    received = [step_bytes(plan, row_bytes) for plan in (keys, queries)]
+    for name, plan, moved in zip(("keys move", "queries may"), (keys, queries), received, strict=True):
         print(
             f"{name:<12} rows of keys {int(plan.received_rows.sum()):>12,}  of queries {int(plan.received_queries.sum()):>9,}  "
             f"{moved / 2**20:>10,.1f} MiB a step, area imbalance {plan.imbalance:.3f}"
         )
-    print(f"bytes received, queries moving over keys moving: {step_bytes[1] / step_bytes[0]:.4f}")
+    print(f"bytes received, queries moving over keys moving: {received[1] / received[0]:.4f}")
 
 
 def predict_efficiency(heads: Heads, quick: bool, picture: Path) -> None:
@@ -219,7 +247,7 @@ def main() -> None:
     args = parser.parse_args()
     heads = Heads()
     compare_dispatchers(args.quick, args.seeds)
-    time_keys()
+    time_keys(args.quick)
     move_queries(heads)
     predict_efficiency(heads, args.quick, args.plot)
 

@@ -29,7 +29,9 @@ def test_against_counting(seed: int, nested: bool) -> None:
         for _ in range(int(rng.integers(1, 7))):
             chunk, begin, q_begin = (int(rng.integers(0, most)) for most in (5, 30, 4))
             begin = 0 if nested else begin
-            rows.append((pair, chunk, begin, begin + int(rng.integers(1, 20)), q_begin, q_begin + int(rng.integers(1, 9))))
+            rows.append(
+                (pair, chunk, begin, begin + int(rng.integers(1, 20)), q_begin, q_begin + int(rng.integers(1, 9)))
+            )
     requests = requests_of(rows)
     everything = [rows_and_queries(requests, requests.pair == pair)[0] for pair in range(requests.pair.max() + 1)]
     moves, saved = best_covers(requests, np.array(everything), KEY, QUERY)
@@ -38,13 +40,18 @@ def test_against_counting(seed: int, nested: bool) -> None:
 
         def saving(chunks: list[int], own: np.ndarray = own, all_rows: int = all_rows) -> int:
             goes = own & np.isin(requests.chunk, chunks)
-            return KEY * (all_rows - rows_and_queries(requests, own & ~goes)[0]) - QUERY * rows_and_queries(requests, goes)[1]
+            return (
+                KEY * (all_rows - rows_and_queries(requests, own & ~goes)[0])
+                - QUERY * rows_and_queries(requests, goes)[1]
+            )
 
         chosen = np.unique(requests.chunk[own & moves]).tolist()
         assert (own & moves).sum() == (own & np.isin(requests.chunk, chosen)).sum(), "a chunk moves as a whole"
         assert 0 <= saved[pair] <= saving(chosen)
         if nested:
-            demand = {chunk: rows_and_queries(requests, own & (requests.chunk == chunk))[0] for chunk in requests.chunk[own]}
+            demand = {
+                chunk: rows_and_queries(requests, own & (requests.chunk == chunk))[0] for chunk in requests.chunk[own]
+            }
             falling = sorted(demand, key=lambda chunk: (-demand[chunk], chunk))
             assert saved[pair] == saving(chosen) == max(saving(falling[:first]) for first in range(len(falling) + 1))
 

@@ -1,8 +1,8 @@
 """The cheapest cover of every pair of ranks, all at once: for each, whether its first chunks by falling demand move, and how many.
 
-What the chunks that stay still need of the host is counted by component, a stretch of the host's rows that overlapping intervals make: as from
-the first row that any of them needs to the last. That is exact where demands are nested, and never too few rows: what a cover is
-said to save, it saves.
+What the chunks that stay still need of the host is counted by component, a stretch of the host's rows that overlapping intervals make: as
+from the first row that any of them needs to the last. That is exact where demands are nested, and never too few rows: what a
+cover is said to save, it saves.
 
     rows of the host   0123456789        component 0-5 of chunks a, b; component 7-9 of chunk c
     a  ######            c  ###          by falling demand a, c, b: without a, b still needs 2 rows of the 6, so moving a saves 4
@@ -24,8 +24,8 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Requests:
-    """Requests of chunks to hosts: ``pair``, ``chunk``, ``host`` ``[n]`` (a pair's home is the chunk's), ``rows`` ``[n, 2]`` of the host, and
-    ``queries`` ``[n, 2]`` that ask for them. Every one of the pairs 0, 1, ... has some."""
+    """Requests of chunks to hosts: ``pair``, ``chunk``, ``host`` ``[n]`` (a pair's home is the chunk's), ``rows`` ``[n, 2]`` of the host,
+    and ``queries`` ``[n, 2]`` that ask for them. Every one of the pairs 0, 1, ... has some."""
 
     pair: Ints
     chunk: Ints
@@ -36,10 +36,10 @@ class Requests:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Requests by (chunk, host), ordered by pair, then falling demand, then chunk: ``pair``, ``demand`` (rows), ``queries`` (how many) ``[g]``.
+    """Requests by (chunk, host), ordered by pair, then falling demand, then chunk: ``[g]`` each.
 
-    ``first``: where each pair begins. ``place``: ``[n]`` the group of each request. ``intervals``: ``[m, 3]`` rows ``(place, begin, end)``, what
-    each group needs, disjoint.
+    ``pair``; ``demand``, how many rows; ``queries``, how many. ``first``: where each pair begins. ``place``: ``[n]`` the group of each
+    request. ``intervals``: ``[m, 3]`` rows ``(place, begin, end)``, what each group needs, disjoint.
     """
 
     pair: Ints
@@ -71,7 +71,7 @@ class Groups:
 
 
 def best_covers(requests: Requests, rows_of_pair: Ints, key_bytes: int, query_bytes: int) -> tuple[Flags, Ints]:
-    """Which requests are served by moving the queries, ``[n]``, and the bytes which that saves at least, ``[num_pairs]``; both 0 where none.
+    """Which requests are served by moving the queries, ``[n]``, and at least how many bytes that saves, ``[num_pairs]``.
 
     ``rows_of_pair``: the distinct rows that move if no query does.
     """

@@ -11,8 +11,8 @@ computed there against all keys of B that it attends.
     chunk q1      x  x  x  x        q1 moves to B, k0 and k1 to A
     chunk q2      x  x              (a suffix over a long prefix is all q1)
 
-All pairs of ranks that exchange anything are looked at together (``plan.covers``), in the host's local rows: what a piece of the mask asks of
-a host, of however many runs, is one interval there.
+All pairs of ranks that exchange anything are looked at together (``plan.covers``), in the host's local rows: what a piece of the mask
+asks of a host, of however many runs, is one interval there.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def queries_are_few(bands: Ints, transfers: Ints, num_ranks: int, row_bytes: Row
 class Asked:
     """What queries ask of other ranks, by piece of a query chunk and host.
 
-    ``bands`` ``[n, 6]``: the piece, with all its keys. ``chunk``, ``host``, ``pair`` ``[n]``: whose piece it is, whom it asks, and which of the
-    pairs of ranks those are. ``begin``, ``end`` ``[n]``: the host's local rows among the keys, at least one.
+    ``bands`` ``[n, 6]``: the piece, with all its keys. ``chunk``, ``host``, ``pair`` ``[n]``: whose piece it is, whom it asks, and
+    which of the pairs of ranks those are. ``begin``, ``end`` ``[n]``: the host's local rows among the keys, at least one.
     """
 
     bands: Ints
