@@ -154,8 +154,8 @@ class AttnPlan:
                 left_alone = blocked[:, incoming[opens, owner_of]]
             relay = None
             if relayed:
-                crossing = [_in_stage(table, stage) for table in (own[0].sent(rank), own[0].received(rank))]
-                relay = exchange_of(*crossing, self.num_ranks)
+                crossing, arriving = own[0].sent(rank), own[0].received(rank)
+                relay = exchange_of(_in_stage(crossing, stage), _in_stage(arriving, stage), self.num_ranks)
             stages.append(
                 StagePlan(
                     exchange=exchange_of(_in_stage(sent, stage), incoming, self.num_ranks),
