@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -16,6 +18,7 @@ def _num_columns(x: Tensor) -> int:
     return (x.shape[1] - 1) * x.stride(1) + x.shape[2]
 
 
+@lru_cache(maxsize=64)
 def row_layout(rows: int, columns: int, dtype: gl.dtype) -> gl.NVMMASharedLayout:
     """Of a tile in shared memory, as copies and products want it."""
     return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
