@@ -49,8 +49,9 @@ def test_never_more_bytes_than_without(seed: int) -> None:
     check_deliveries(queries)
 
 
-def test_some_of_those_move_queries_and_some_rows_of_others_stay() -> None:
-    # One rank holds the end of a document, of which the middle chunk asks for little: its keys move, the others' queries do.
+def test_keys_move_where_a_chunk_asks_for_few() -> None:
+    # Rank 0 holds the keys. Of rank 1, four queries that want all eight go there, and the one key that four others want comes. Rank 2 has
+    # as many queries as it wants keys: nothing is saved, keys move.
     mask = AttnMask.from_slices([[8, 12], [12, 16], [16, 24]], [[0, 8], [7, 8], [0, 8]], "full", 24, 24)
     config = DistAttnConfig(DispatchConfig(chunk_size=4, alg=SequentialDispatchAlg()))
     plan = build_plan(mask, 3, config, moves_queries=RowBytes(key=2, query=2))
