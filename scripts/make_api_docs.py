@@ -189,8 +189,10 @@ def _signature(definition: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     ]
     bases = ", ".join(ast.unparse(base) for base in definition.bases)
     header = f"class {definition.name}({bases})" if bases else f"class {definition.name}"
-    # A property made by an expression (`type = ...`) is no field.
-    fields = [field for field in fields if "property(" not in field and "_named(" not in field]
+    # A property made by an expression (`type = ...`) is no field, and what begins with an underscore is nobody's business.
+    fields = [
+        field for field in fields if "property(" not in field and "_named(" not in field and not field.startswith("_")
+    ]
     fields = [re.sub(r"field\(default_factory=(\w+)\)", r"\1()", field) for field in fields]
     return "\n".join([f"{header}:", *(f"    {field}" for field in fields)]) if fields else header
 
