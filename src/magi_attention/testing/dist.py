@@ -335,3 +335,12 @@ def _begin(job: _Job) -> None:
         world_size=job.num_ranks,
         timeout=datetime.timedelta(seconds=job.group_timeout),
     )
+    _meet(job)
+
+
+def _meet(job: _Job) -> None:
+    """Wait until every rank has connected to all: one that fails at once would else fail the others before they begin."""
+    store = dist.FileStore(f"{job.store}-met", job.num_ranks)
+    if store.add("connected", 1) == job.num_ranks:
+        store.set("all", "connected")
+    store.wait(["all"], datetime.timedelta(seconds=job.group_timeout))
