@@ -8,6 +8,7 @@ from torch import Tensor
 from magi_attention.api.ops import distributed_attn, prepare
 from magi_attention.common.enum import AttnRole
 from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.functional.ops import as_last_contiguous
 from magi_attention.runtime import cache, checks
 from magi_attention.runtime.dist_attn import DistributedAttention
 from magi_attention.runtime.group import group_device
@@ -147,6 +148,6 @@ def calc_attn(
         out, lse, best = distributed_attn(q, k, v, sink, key.handle, scale, float(softcap), return_max_logits)
         return out, AttnForwardMeta(lse=lse, max_logits=best if return_max_logits else None)
     session, options = prepare(q, k, v, key, sink, scale, float(softcap), return_max_logits)
-    q, k, v = (checks.as_last_contiguous(x) for x in (q, k, v))
+    q, k, v = (as_last_contiguous(x) for x in (q, k, v))
     out, lse, max_logits = DistributedAttention.apply(q, k, v, sink, session, options)
     return out, AttnForwardMeta(lse=lse, max_logits=max_logits)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from magi_attention import env
 from magi_attention.api.keys import pick_backend
-from magi_attention.functional.ops import accumulation_dtype
+from magi_attention.functional.ops import as_last_contiguous
 from magi_attention.kernels.interface import AttnSettings
+from magi_attention.kernels.precision import accumulation_dtype
 from magi_attention.runtime import cache, checks
 from magi_attention.runtime.dist_attn import ExecutionOptions, run_backward, run_forward, sink_share
 from magi_attention.runtime.key import DistAttnRuntimeKey, key_of_handle
@@ -41,7 +42,7 @@ def prepare(
     session = cache.get_session(key)
     checks.check_qkv(q, k, v, session)
     checks.check_sink(sink, q)
-    q, k, v = (checks.as_last_contiguous(x) for x in (q, k, v))
+    q, k, v = (as_last_contiguous(x) for x in (q, k, v))
     settings = AttnSettings(
         softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
         softcap=softcap,
@@ -81,7 +82,7 @@ def distributed_attn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out [num_q, hq, dv], lse [num_q, hq], max_logits [hq] or [0])``; see `calc_attn`."""
     session, options = prepare(q, k, v, _key(handle), sink, softmax_scale, softcap, return_max_logits)
-    q, k, v = (checks.as_last_contiguous(x) for x in (q, k, v))
+    q, k, v = (as_last_contiguous(x) for x in (q, k, v))
     out, lse, max_logits = run_forward(q, k, v, sink, session, options)
     return out.contiguous(), lse.contiguous(), lse.new_empty(0) if max_logits is None else max_logits
 
@@ -108,7 +109,7 @@ def distributed_attn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` of the shapes and dtypes of q, k, v, and ``dsink`` of the sink's, or ``[0]``."""
     session, options = prepare(q, k, v, _key(handle), sink, softmax_scale, softcap, False)
-    dout, q, k, v = (checks.as_last_contiguous(x) for x in (dout, q, k, v))
+    dout, q, k, v = (as_last_contiguous(x) for x in (dout, q, k, v))
     dq, dk, dv, delta = run_backward(dout, q, k, v, out, lse, session, options)
     dsink = lse.new_empty(0) if sink is None else sink_share(lse, sink, delta, session, options)
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), dsink.contiguous()

@@ -186,7 +186,8 @@ class FlexFlashAttention(torch.autograd.Function):
 
 
 def as_last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """``x``, copied only if its last axis is not contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _settings(softmax_scale: float, softcap: float, deterministic: bool, return_max_logits: bool) -> AttnSettings:

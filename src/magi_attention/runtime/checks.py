@@ -97,8 +97,3 @@ def check_sink(sink: Tensor | None, q: Tensor) -> None:
     if not is_right or sink.dim() != 2 or sink.shape[1] != q.shape[1]:
         got = f"{list(sink.shape)} {sink.dtype} on {sink.device}" if isinstance(sink, Tensor) else _describe(sink)
         raise ValueError(f"sink must be a floating-point tensor [num_sink, {q.shape[1]}] on {q.device}, got {got}")
-
-
-def as_last_contiguous(x: Tensor) -> Tensor:
-    """``x``, copied only if its last axis is not contiguous."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

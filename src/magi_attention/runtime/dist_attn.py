@@ -28,6 +28,7 @@ from magi_attention.comm import (
 )
 from magi_attention.functional.sink import apply_sink, sink_gradient
 from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask, Partial
+from magi_attention.kernels.precision import accumulation_dtype
 from magi_attention.plan import StagePlan
 from magi_attention.runtime.session import Session
 from magi_attention.runtime.transport import cast_keys, reduce_gradients
@@ -46,10 +47,6 @@ class ExecutionOptions:
     high_precision_forward: bool = False
     high_precision_backward: bool = False
     dsink_reduce_op: str = "none"
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def remote_stages(
