@@ -64,7 +64,9 @@ def no_waiting() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tables_on_the_device_give_the_bits_of_tables_on_the_host(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_on_the_device_give_the_bits_of_tables_on_the_host(
+    family: str, backend_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slices = MASK_FAMILIES[family](1009)
     inputs = make(slices)
     actual = differentiate(inputs, slices.tables("cuda"))

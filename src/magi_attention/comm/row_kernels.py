@@ -2,7 +2,7 @@
 
     gather    arriving or leaving row p  <-  row rows[p]                    one program a few rows
     sum       row rows[m]  +=  arrived[places[begins[m]]] + ...             one program a row and block of columns
-    merge     the same for attention, weighted by log-sum-exps              one program a row and head
+    merge     the same for attention, weighted by log-sum-exps              one program a row and block of heads
 
 Every row that is written has one owner, who takes what arrived for it in the order of ranks: no atomics, the same bits in every run.
 """
@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from magi_attention.common.launch import Launcher
 
 # Elements that a program moves, or sums, at a time.
 _BLOCK = 1024
@@ -46,11 +48,12 @@ def gather_rows_into(view: Tensor, x: Tensor, rows: Tensor) -> None:
         return
     moved = _SAME_SIZE[x.element_size()]
     columns = min(_BLOCK, triton.next_power_of_2(num_columns))
-    block = (_BLOCK // columns, columns)
-    grid = (triton.cdiv(len(rows), block[0]) * triton.cdiv(num_columns, columns),)
-    _gather_kernel[grid](
-        view.view(moved), x.view(moved), rows, len(rows), view.stride(0), x.stride(0), num_columns, *block
-    )
+    at_once = _BLOCK // columns
+    _launch_gather(
+        triton.cdiv(len(rows), at_once) * triton.cdiv(num_columns, columns), x.device,
+        (view.view(moved), x.view(moved), rows, len(rows), view.stride(0), x.stride(0), num_columns),
+        {"ROWS": at_once, "COLUMNS": columns},
+    )  # fmt: skip
 
 
 def sum_rows_(into: Tensor, arrived: Tensor, owners: Owners) -> None:
@@ -59,8 +62,10 @@ def sum_rows_(into: Tensor, arrived: Tensor, owners: Owners) -> None:
     if not arrived.numel():
         return
     columns = min(_BLOCK, triton.next_power_of_2(num_columns))
-    grid = (len(owners.rows) * triton.cdiv(num_columns, columns),)
-    _sum_kernel[grid](into, arrived, *owners, into.stride(0), arrived.stride(0), num_columns, columns)
+    _launch_sum(
+        len(owners.rows) * triton.cdiv(num_columns, columns), into.device,
+        (into, arrived, *owners, into.stride(0), arrived.stride(0), num_columns), {"COLUMNS": columns},
+    )  # fmt: skip
 
 
 def merge_rows_(out: Tensor, lse: Tensor, arrived_out: Tensor, arrived_lse: Tensor, owners: Owners) -> None:
@@ -72,10 +77,13 @@ def merge_rows_(out: Tensor, lse: Tensor, arrived_out: Tensor, arrived_lse: Tens
     (_, num_heads, head_dim) = out.shape
     if not arrived_out.numel():
         return
-    _merge_kernel[(len(owners.rows) * num_heads,)](
-        out, lse, arrived_out, arrived_lse, *owners,
-        out.stride(0), lse.stride(0), arrived_out.stride(0), arrived_lse.stride(0), num_heads, head_dim,
-        triton.next_power_of_2(head_dim),
+    columns = triton.next_power_of_2(head_dim)
+    heads = max(1, min(_BLOCK // columns, triton.next_power_of_2(num_heads)))
+    strides = (out.stride(0), lse.stride(0), arrived_out.stride(0), arrived_lse.stride(0))
+    _launch_merge(
+        len(owners.rows) * triton.cdiv(num_heads, heads), out.device,
+        (out, lse, arrived_out, arrived_lse, *owners, *strides, num_heads, head_dim),
+        {"HEADS": heads, "COLUMNS": columns},
     )  # fmt: skip
 
 
@@ -110,27 +118,34 @@ def _sum_kernel(p_into, p_arrived, p_rows, p_begins, p_places, s_into, s_arrived
 @triton.jit
 def _merge_kernel(
     p_out, p_lse, p_arrived_out, p_arrived_lse, p_rows, p_begins, p_places,
-    s_out, s_lse, s_arrived_out, s_arrived_lse, num_heads, head_dim, COLUMNS: tl.constexpr,
+    s_out, s_lse, s_arrived_out, s_arrived_lse, num_heads, head_dim, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    owner = tl.program_id(0) // num_heads
-    head = tl.program_id(0) % num_heads
+    num_blocks = tl.cdiv(num_heads, HEADS)
+    owner = tl.program_id(0) // num_blocks
     row = tl.load(p_rows + owner)
+    o_heads = tl.program_id(0) % num_blocks * HEADS + tl.arange(0, HEADS)
+    m_heads = o_heads < num_heads
     o_columns = tl.arange(0, COLUMNS)
-    m_columns = o_columns < head_dim
-    p_row = p_out + row * s_out + head * head_dim + o_columns
-    b_out = tl.load(p_row, mask=m_columns)
-    lse = tl.load(p_lse + row * s_lse + head)
+    o_cells = o_heads[:, None] * head_dim + o_columns[None, :]
+    m_cells = m_heads[:, None] & (o_columns < head_dim)[None, :]
+    b_out = tl.load(p_out + row * s_out + o_cells, mask=m_cells)
+    b_lse = tl.load(p_lse + row * s_lse + o_heads, mask=m_heads, other=0.0)
     for at in range(tl.load(p_begins + owner), tl.load(p_begins + owner + 1)):
         place = tl.load(p_places + at)
-        b_part = tl.load(p_arrived_out + place * s_arrived_out + head * head_dim + o_columns, mask=m_columns)
-        part_lse = tl.load(p_arrived_lse + place * s_arrived_lse + head)
-        top = tl.maximum(lse, part_lse)
-        base = tl.where(top == float("-inf"), 0.0, top)
-        keep = tl.exp(lse - base)
-        add = tl.exp(part_lse - base)
-        total = keep + add
-        some = tl.where(total > 0, total, 1.0)
-        b_out = b_out * (keep / some) + b_part.to(b_out.dtype) * (add / some)
-        lse = tl.where(total > 0, base + tl.log(some), top)
-    tl.store(p_row, b_out, mask=m_columns)
-    tl.store(p_lse + row * s_lse + head, lse)
+        b_part = tl.load(p_arrived_out + place * s_arrived_out + o_cells, mask=m_cells)
+        b_part_lse = tl.load(p_arrived_lse + place * s_arrived_lse + o_heads, mask=m_heads, other=0.0)
+        b_top = tl.maximum(b_lse, b_part_lse)
+        b_base = tl.where(b_top == float("-inf"), 0.0, b_top)
+        b_keep = tl.exp(b_lse - b_base)
+        b_add = tl.exp(b_part_lse - b_base)
+        b_total = b_keep + b_add
+        b_some = tl.where(b_total > 0, b_total, 1.0)
+        b_out = b_out * (b_keep / b_some)[:, None] + b_part.to(b_out.dtype) * (b_add / b_some)[:, None]
+        b_lse = tl.where(b_total > 0, b_base + tl.log(b_some), b_top)
+    tl.store(p_out + row * s_out + o_cells, b_out, mask=m_cells)
+    tl.store(p_lse + row * s_lse + o_heads, b_lse, mask=m_heads)
+
+
+_launch_gather = Launcher(_gather_kernel)
+_launch_sum = Launcher(_sum_kernel)
+_launch_merge = Launcher(_merge_kernel)

@@ -24,6 +24,7 @@ from magi_attention.functional.sink import apply_sink, sink_gradient
 from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask
 from magi_attention.kernels.precision import accumulation_dtype
 from magi_attention.kernels.registry import pick
+from magi_attention.kernels.row_dots import row_dots
 
 _MASK = "Tensor q_ranges, Tensor k_ranges, Tensor? attn_type_map"
 _OPTIONS = "Tensor? sink, str sink_layout, float softmax_scale, float softcap, bool deterministic"
@@ -107,7 +108,7 @@ def _attend_backward(
     mask: KernelMask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
     settings = _settings(softmax_scale, softcap, deterministic, False)
     dout, q, k, v = (as_last_contiguous(x) for x in (dout, q, k, v))
-    delta = (out.to(lse.dtype) * dout.to(lse.dtype)).sum(dim=-1)
+    delta = row_dots(out, dout)
     backend = _backend(q, k, v, settings)
     dq, dk, dv = backend.backward(dout, q, k, v, lse, delta, mask, settings, grad_dtype=q.dtype)
     dsink = lse.new_empty(0) if sink is None else sink_gradient(lse, sink, delta, sink_layout).to(sink.dtype)

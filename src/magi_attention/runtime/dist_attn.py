@@ -29,6 +29,7 @@ from magi_attention.comm import (
 from magi_attention.functional.sink import apply_sink, sink_gradient
 from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask, Partial
 from magi_attention.kernels.precision import accumulation_dtype
+from magi_attention.kernels.row_dots import row_dots
 from magi_attention.plan import StagePlan
 from magi_attention.runtime.session import Session
 from magi_attention.runtime.transport import cast_keys, reduce_gradients
@@ -128,7 +129,7 @@ def run_backward(
     group, part, backend, settings = session.key.cp_group, session.rank_plan, options.backend, options.settings
     wide = accumulation_dtype(q.dtype)
     travelling = wide if options.high_precision_backward else k.dtype
-    delta = (out.to(wide) * dout.to(wide)).sum(dim=-1)
+    delta = row_dots(out, dout)
     guests = part.guests
     visiting = None
     if guests is not None:

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from magi_attention.common.launch import Launcher
 from magi_attention.kernels import triton as portable
 from magi_attention.kernels.hopper.backward import backward_kernel
 from magi_attention.kernels.hopper.configs import BACKWARD_TILES, CONSUMER_ROWS, FORWARD_TILES, HEAD_DIMS, NUM_CONSUMERS
@@ -29,6 +30,8 @@ name = "hopper"
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _LOG2E = 1.4426950408889634
+_launch_forward = Launcher(forward_kernel)
+_launch_backward = Launcher(backward_kernel)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings) -> str | None:
@@ -104,13 +107,16 @@ def forward(
     num_items, programs = work.num_tiles * hq, _num_programs(q.device)
     # So many heads that they occupy all programs for a while, and so few that their keys and values stay in the L2 cache.
     at_once = max(2 * group, -(-4 * programs // work.num_tiles))
-    forward_kernel[(min(num_items, programs),)](
+    arguments = (
         describe_rows(q, CONSUMER_ROWS), describe_rows(k, tiles.block), describe_rows(v, tiles.block),
         describe_rows(out, CONSUMER_ROWS) if by_copy else out, lse, tops, work.order, work.rows, work.segments,
         q.stride(1), k.stride(1), v.stride(1), num_q, settings.softmax_scale * _LOG2E, num_items, hq, at_once, group,
-        D=d, BLOCK=tiles.block, STAGES=tiles.stages, CONSUMERS=NUM_CONSUMERS, TMA_OUT=by_copy, MERGE=into is not None,
-        RAW=raw, TURNS=tiles.turns, REGISTERS=tiles.registers, num_warps=4,
     )  # fmt: skip
+    constants = {
+        "D": d, "BLOCK": tiles.block, "STAGES": tiles.stages, "CONSUMERS": NUM_CONSUMERS, "TMA_OUT": by_copy,
+        "MERGE": into is not None, "RAW": raw, "TURNS": tiles.turns, "REGISTERS": tiles.registers,
+    }  # fmt: skip
+    _launch_forward(min(num_items, programs), q.device, arguments, constants, num_warps=4)
     if not raw:
         return Partial(out, lse, None if into is None else into.max_logits)
     best = tops.amax(dim=0) / _LOG2E
@@ -150,11 +156,12 @@ def backward(
     d_lse, d_delta, length = statistics_by_head(lse.contiguous(), delta.contiguous(), tiles.block)
     work = _segments(mask, keys, tiles.block, q.device, by_key=True)
     at_once = max(1, round(_num_programs(q.device) / work.num_tiles))
-    backward_kernel[(work.num_tiles * hk,)](
+    arguments = (
         describe_rows(q, tiles.block), describe_rows(k, keys), describe_rows(v, keys), describe_rows(dout, tiles.block),
         d_lse, d_delta, describe_rows(wide_dq, CONSUMER_ROWS, tiles.dq_columns(d)), dk, dv,
         work.order, work.rows, work.segments, q.stride(1), k.stride(1), v.stride(1), dout.stride(1), length, num_k,
         settings.softmax_scale, settings.softmax_scale * _LOG2E, hk, at_once, hq // hk,
-        D=d, BLOCK=tiles.block, STAGES=tiles.stages, REGISTERS=tiles.registers, num_warps=4,
     )  # fmt: skip
+    constants = {"D": d, "BLOCK": tiles.block, "STAGES": tiles.stages, "REGISTERS": tiles.registers}
+    _launch_backward(work.num_tiles * hk, q.device, arguments, constants, num_warps=4)
     return wide_dq.to(grad_dtype) if dq is None else dq, dk, dv

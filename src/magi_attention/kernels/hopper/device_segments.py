@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from magi_attention.common.launch import Launcher
 from magi_attention.kernels.hopper.segments import NUM_COLUMNS, SegmentList
 from magi_attention.kernels.triton.device_lists import load_pieces, places, store_six
 
@@ -33,10 +34,11 @@ def build_device_segments(
     segments = torch.empty(room, NUM_COLUMNS, dtype=torch.int32, device=bands.device)
     counts = torch.empty(2, num_tiles, dtype=torch.int64, device=bands.device)  # segments, work
     sizes = (num_slices, num_q, num_tiles)
-    _count_kernel[(num_tiles,)](bands, counts, *sizes, BY_KEY=by_key, TILE=tile, STEP=block, BLOCK=_BLOCK)
+    constants = {"BY_KEY": by_key, "TILE": tile, "BLOCK": _BLOCK}
+    _launch_count(num_tiles, bands.device, (bands, counts, *sizes), {**constants, "STEP": block})
     rows = torch.zeros(num_tiles + 1, dtype=torch.int64, device=bands.device)
     torch.cumsum(counts[0].clamp(min=1), dim=0, out=rows[1:])
-    _fill_kernel[(num_tiles,)](bands, counts, rows, segments, *sizes, BY_KEY=by_key, TILE=tile, BLOCK=_BLOCK)
+    _launch_fill(num_tiles, bands.device, (bands, counts, rows, segments, *sizes), constants)
     work = counts[1] if strictly else torch.frexp(counts[1].double()).exponent
     order = torch.sort(work, descending=True, stable=True).indices
     return SegmentList(order.to(torch.int32), rows.to(torch.int32), segments)
@@ -84,3 +86,7 @@ def _fill_kernel(
         inner_end = tl.where(whole, tl.minimum(k1, q0 + hi + 1), inner_begin)
         _store_segments(p_segments + places(at, kept) * 8, k0, k1, inner_begin, inner_end, lo, hi, q0, q1, kept)
         at += tl.sum(kept.to(tl.int32), 0)
+
+
+_launch_count = Launcher(_count_kernel)
+_launch_fill = Launcher(_fill_kernel)

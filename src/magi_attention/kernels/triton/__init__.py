@@ -8,9 +8,12 @@ atomics, the same bits for the same inputs. Products of float32 inputs are IEEE 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from magi_attention.common.launch import Launcher
 from magi_attention.kernels.interface import AttnSettings, DeviceMask, KernelMask, Partial
 from magi_attention.kernels.partials import empty_partial
 from magi_attention.kernels.triton.backward import dkdv_kernel, dq_kernel
@@ -25,6 +28,9 @@ name = "triton"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_COLUMNS = 256
 _LOG2E = 1.4426950408889634
+_launch_forward = Launcher(forward_kernel)
+_launch_dkdv = Launcher(dkdv_kernel)
+_launch_dq = Launcher(dq_kernel)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings) -> str | None:
@@ -84,7 +90,7 @@ def _precision(q: Tensor) -> str:
     return "tf32" if q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _shared(q: Tensor, v: Tensor, hk: int, tiles: Tiles, settings: AttnSettings) -> dict[str, object]:
+def _shared(q: Tensor, v: Tensor, hk: int, tiles: Tiles, settings: AttnSettings) -> dict[str, Any]:
     d, dv = q.shape[-1], v.shape[-1]
     return {
         "GROUP": q.shape[1] // hk,
@@ -96,9 +102,11 @@ def _shared(q: Tensor, v: Tensor, hk: int, tiles: Tiles, settings: AttnSettings)
         "TILE_K": tiles.k,
         "CAPPED": settings.softcap > 0,
         "PRECISION": _precision(q),
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
     }
+
+
+def _options(tiles: Tiles) -> dict[str, int]:
+    return {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
 def forward(
@@ -126,11 +134,12 @@ def forward(
         out, lse = into.out, into.lse
     tops = torch.empty(work.num_tiles, hq, dtype=torch.float32, device=q.device) if raw else lse
     scale, cap = _scales(settings)
-    forward_kernel[(work.num_tiles * hq,)](
+    arguments = (
         q, k, v, out, lse, tops, *_lists(work),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), num_q, num_k, scale, cap, hq,
-        RAW=raw, MERGE=into is not None, **_shared(q, v, hk, tiles, settings),
     )  # fmt: skip
+    constants = {"RAW": raw, "MERGE": into is not None, **_shared(q, v, hk, tiles, settings)}
+    _launch_forward(work.num_tiles * hq, q.device, arguments, constants, **_options(tiles))
     if not raw:
         return Partial(out, lse, None if into is None else into.max_logits)
     # Uncapped logits were kept in units of log 2, those before a cap in units of it.
@@ -175,11 +184,11 @@ def backward(
     numbers = (num_q, num_k, settings.softmax_scale, scale, cap)
 
     by_key = _work_list(mask, tiles.dkdv.k, tiles.dkdv.q, q.device, by_key=True)
-    dkdv_kernel[(by_key.num_tiles * hk,)](
-        *given, dk, dv, *_lists(by_key), *strides, *numbers, hk, **_shared(q, v, hk, tiles.dkdv, settings)
-    )
+    arguments: tuple[Any, ...] = (*given, dk, dv, *_lists(by_key), *strides, *numbers, hk)
+    constants = _shared(q, v, hk, tiles.dkdv, settings)
+    _launch_dkdv(by_key.num_tiles * hk, q.device, arguments, constants, **_options(tiles.dkdv))
     by_query = _work_list(mask, tiles.dq.q, tiles.dq.k, q.device, by_key=False)
-    dq_kernel[(by_query.num_tiles * hq,)](
-        *given, dq, *_lists(by_query), *strides, *numbers, hq, ADD=add, **_shared(q, v, hk, tiles.dq, settings)
-    )
+    arguments = (*given, dq, *_lists(by_query), *strides, *numbers, hq)
+    constants = {"ADD": add, **_shared(q, v, hk, tiles.dq, settings)}
+    _launch_dq(by_query.num_tiles * hq, q.device, arguments, constants, **_options(tiles.dq))
     return dq, dk, dv

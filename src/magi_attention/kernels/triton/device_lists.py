@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from magi_attention.common.launch import Launcher
 from magi_attention.kernels.triton.work_lists import NUM_EDGE_COLUMNS, WorkList
 
 # Rows of the band table that a program looks at together.
@@ -38,8 +39,10 @@ def build_device_bands(q_ranges: Tensor, k_ranges: Tensor, types: Tensor | None,
     if num_slices:
         q_ranges, k_ranges = q_ranges.contiguous(), k_ranges.contiguous()
         given = q_ranges if types is None else types.contiguous()
-        grid = (triton.cdiv(num_slices, _BLOCK),)
-        _prepare_kernel[grid](q_ranges, k_ranges, given, bands, num_slices, num_q, num_k, types is not None, _BLOCK)
+        _launch_prepare(
+            triton.cdiv(num_slices, _BLOCK), bands.device, (q_ranges, k_ranges, given, bands, num_slices, num_q, num_k),
+            {"HAS_TYPES": types is not None, "BLOCK": _BLOCK},
+        )  # fmt: skip
     return bands
 
 
@@ -59,12 +62,11 @@ def build_device_list(bands: Tensor, num_q: int, tile: int, block: int, *, by_ke
     inner_rows, edge_rows = new(num_tiles, 2), new(num_tiles, 2)
     counts = new(_NUM_COUNTS, num_tiles, dtype=torch.int64)
     sizes = (num_slices, num_q, num_tiles)
-    _count_kernel[(num_tiles,)](bands, counts, *sizes, BY_KEY=by_key, TILE=tile, STEP=block, BLOCK=_BLOCK)
+    constants = {"BY_KEY": by_key, "TILE": tile, "STEP": block, "BLOCK": _BLOCK}
+    _launch_count(num_tiles, bands.device, (bands, counts, *sizes), constants)
     ends = counts[:2].cumsum(dim=1)
-    _fill_kernel[(num_tiles,)](
-        bands, counts, ends, inner_rows, inner, edge_rows, edges, *sizes, room,
-        BY_KEY=by_key, TILE=tile, STEP=block, BLOCK=_BLOCK,
-    )  # fmt: skip
+    arguments = (bands, counts, ends, inner_rows, inner, edge_rows, edges, *sizes, room)
+    _launch_fill(num_tiles, bands.device, arguments, constants)
     order = torch.sort(counts[_WORK], descending=True, stable=True).indices.to(torch.int32)
     return WorkList(order, inner_rows, inner, edge_rows, edges)
 
@@ -234,3 +236,8 @@ def _fill_kernel(
         tl.store(p_inner_rows + tile * 2 + 1, 0)
         tl.store(p_edge_rows + tile * 2, 0)
         tl.store(p_edge_rows + tile * 2 + 1, num_rows)
+
+
+_launch_prepare = Launcher(_prepare_kernel)
+_launch_count = Launcher(_count_kernel)
+_launch_fill = Launcher(_fill_kernel)
