@@ -1,21 +1,23 @@
 """Attention on one GPU: right first, then how fast. ``python benchmarks/attention.py --device cuda`` calls `main`.
 
 Correctness: every mask family, dtype and awkward head dim against the float64 oracle, fresh random inputs, outputs poisoned, run twice.
-Speed: TFLOP/s forward and backward beside torch's fused attention (flash, cuDNN), compiled FlexAttention and, where
-importable, flash-attn, in
-one run with the machine's own GEMM and copy ceilings. FLOPs: ``4 * area * num_heads_q * head_dim`` forward, 2.5 times that backward.
+Speed: TFLOP/s forward and backward beside torch's fused attention (flash, cuDNN), compiled FlexAttention and what there is of flash-attn,
+in one run with the machine's own GEMM and copy ceilings. FLOPs: ``4 * area * num_heads_q * head_dim`` forward, 2.5 times that backward. A
+backward is all that one needs: the row sums of ``out * dout`` too.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask
 from magi_attention.kernels.registry import load
+from magi_attention.kernels.row_dots import row_dots
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import tighten
 from magi_attention.testing.kernel_check import KernelCase, check_kernel, make_inputs
@@ -150,24 +153,25 @@ class Inputs:
     dout: Tensor
 
     @staticmethod
-    def random(total: int) -> Inputs:
+    def random(total: int, head_dim: int = HEAD_DIM) -> Inputs:
         def new(heads: int) -> Tensor:
-            return torch.randn(total, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+            return torch.randn(total, heads, head_dim, device="cuda", dtype=torch.bfloat16)
 
         return Inputs(new(NUM_HEADS_Q), new(NUM_HEADS_KV), new(NUM_HEADS_KV), new(NUM_HEADS_Q))
 
 
 def time_ours(backend_name: str, mask: AttnMask, x: Inputs) -> Timing:
     """Kernels alone: work lists are built by the warm-up and kept, as the runtime keeps them."""
-    backend, settings = load(backend_name), AttnSettings(softmax_scale=HEAD_DIM**-0.5)
+    backend, settings = load(backend_name), AttnSettings(softmax_scale=x.q.shape[2] ** -0.5)
     kernel_mask = KernelMask(mask.bands, mask.num_q, mask.num_k)
     out, lse, _ = backend.forward(x.q, x.k, x.v, kernel_mask, settings, out_dtype=x.q.dtype)
-    delta = (out.float() * x.dout.float()).sum(dim=-1)
+
+    def backward() -> object:
+        delta = row_dots(out, x.dout)
+        return backend.backward(x.dout, x.q, x.k, x.v, lse, delta, kernel_mask, settings, grad_dtype=x.q.dtype)
+
     forward = timed(lambda: backend.forward(x.q, x.k, x.v, kernel_mask, settings, out_dtype=x.q.dtype))
-    backward = timed(
-        lambda: backend.backward(x.dout, x.q, x.k, x.v, lse, delta, kernel_mask, settings, grad_dtype=x.q.dtype)
-    )
-    return Timing(forward, backward)
+    return Timing(forward, timed(backward))
 
 
 def _batched(x: Inputs) -> tuple[Tensor, ...]:
@@ -197,6 +201,50 @@ def time_sdpa(kind: str, is_causal: bool, x: Inputs) -> Timing:
     return _time_autograd(run, (q, k, v), dout)
 
 
+# What each of the flash-attn packages is imported as, newest first.
+FLASH_PACKAGES = {
+    "flash-attn cute": "flash_attn.cute",
+    "flash-attn 3": "flash_attn_interface",
+    "flash-attn 2": "flash_attn",
+}
+FLASH_MASKS = ("full", "causal", "varlen full", "varlen causal", "window causal 1024")
+
+
+def flash_packages() -> dict[str, ModuleType]:
+    """Those of the flash-attn packages that this machine has."""
+    found = {}
+    for method, name in FLASH_PACKAGES.items():
+        try:
+            module = importlib.import_module(name)
+        except Exception as error:  # compiled for another torch, say
+            if not isinstance(error, ModuleNotFoundError):
+                print(f"{method} left out: {type(error).__name__}: {str(error)[:120]}", flush=True)
+            continue
+        if hasattr(module, "flash_attn_func"):  # flash_attn is a bare folder where only flash_attn.cute is there
+            found[method] = module
+    return found
+
+
+def time_flash(package: ModuleType, name: str, x: Inputs) -> Timing:
+    """A flash-attn package by its public functions; its kernels are compiled by the warm-up where it compiles any."""
+    causal = name in ("causal", "varlen causal")
+
+    def output(returned: Tensor | tuple[Tensor, ...]) -> Tensor:  # some return the log-sum-exp too
+        return returned[0] if isinstance(returned, tuple) else returned
+
+    if name.startswith("varlen"):
+        documents = document_ranges(x.q.shape[0])
+        starts = torch.tensor([0, *(end for _, end in documents)], dtype=torch.int32, device="cuda")
+        longest = max(end - start for start, end in documents)
+        lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        run = partial(package.flash_attn_varlen_func, causal=causal, **lengths)
+        return _time_autograd(lambda *qkv: output(run(*qkv)), (x.q, x.k, x.v), x.dout)
+    window = {"window_size": (1023, 0)} if name.startswith("window") else {}
+    run = partial(package.flash_attn_func, causal=causal, **window)
+    tensors = tuple(t.unsqueeze(0) for t in (x.q, x.k, x.v))
+    return _time_autograd(lambda *qkv: output(run(*qkv)), tensors, x.dout.unsqueeze(0))
+
+
 def time_flex(mask: AttnMask, name: str, x: Inputs) -> Timing:
     """Compiled FlexAttention with a block mask of the same cells."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -223,8 +271,9 @@ def time_flex(mask: AttnMask, name: str, x: Inputs) -> Timing:
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     """One row a (length, mask, method)."""
+    flash = {} if args.ours_only else flash_packages()
     for total in args.lengths:
-        x = Inputs.random(total)
+        x = Inputs.random(total, args.head_dim)
         for name, mask in masks(total).items():
             if args.masks and name not in args.masks:
                 continue
@@ -233,26 +282,29 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
                 if name in ("full", "causal"):
                     for kind in ("flash", "cudnn"):
                         methods[f"sdpa {kind}"] = partial(time_sdpa, kind, name == "causal", x)
+                if name in FLASH_MASKS:
+                    methods |= {method: partial(time_flash, package, name, x) for method, package in flash.items()}
                 if total in args.flex_lengths:  # each takes a minute to compile
                     methods["flex"] = partial(time_flex, mask, name, x)
             for method, run in methods.items():
-                yield _row(total, name, method, mask, run)
+                row: dict[str, object] = {"tokens": total, "head_dim": args.head_dim, "mask": name, "method": method}
+                yield _measured(row, 4 * mask.area * NUM_HEADS_Q * args.head_dim, run)
 
 
-def _row(total: int, name: str, method: str, mask: AttnMask, run: Callable[[], Timing]) -> dict[str, object]:
-    flops = 4 * mask.area * NUM_HEADS_Q * HEAD_DIM
-    row: dict[str, object] = {"tokens": total, "mask": name, "method": method}
+def _measured(row: dict[str, object], flops: float, run: Callable[[], Timing]) -> dict[str, object]:
+    """The row with what was measured, of a method that computes ``flops`` forward."""
+    title = f"{row['tokens']:>6} {row['mask']:<20} {row['method']:<15}"
     try:
         timing = run()
     except Exception as error:  # a method that cannot run is a row that says so
         row["error"] = f"{type(error).__name__}: {str(error)[:120]}"
-        print(f"{total:>6} {name:<20} {method:<11} {row['error']}", flush=True)
+        print(title, row["error"], flush=True)
         return row
     row |= {"forward_tflops": flops / timing.forward / 1e9, "forward_ms": timing.forward}
     if timing.backward:
         row |= {"backward_tflops": 2.5 * flops / timing.backward / 1e9, "backward_ms": timing.backward}
     backward = f"{row['backward_tflops']:>8.1f}" if timing.backward else f"{'-':>8}"
-    print(f"{total:>6} {name:<20} {method:<11} fwd {row['forward_tflops']:>7.1f}  bwd {backward}", flush=True)
+    print(f"{title} fwd {row['forward_tflops']:>7.1f}  bwd {backward}", flush=True)
     return row
 
 
@@ -338,22 +390,27 @@ def plot(rows: list[dict[str, object]], picture: Path) -> None:
 def write_csv(rows: list[dict[str, object]], path: Path) -> None:
     """One line a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fields = ["tokens", "mask", "method", "forward_tflops", "forward_ms", "backward_tflops", "backward_ms", "error"]
+    fields = [
+        "tokens",
+        "head_dim",
+        "mask",
+        "method",
+        "forward_tflops",
+        "forward_ms",
+        "backward_tflops",
+        "backward_ms",
+        "error",
+    ]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
         writer.writerows(rows)
 
 
-def read_csv(path: Path) -> list[dict[str, object]]:
-    """The rows that `main` wrote."""
-    with path.open(newline="") as file:
-        return [{**row, "tokens": int(row["tokens"])} for row in csv.DictReader(file)]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `main` reads."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
+    parser.add_argument("--head-dim", type=int, default=HEAD_DIM)
     parser.add_argument("--backends", nargs="+", help="left out: triton, and hopper on such a GPU")
     parser.add_argument("--ours-only", action="store_true", help="leave the other libraries out")
     parser.add_argument("--flex-lengths", type=int, nargs="*", default=[16384], help="where to run FlexAttention")

@@ -1,7 +1,8 @@
 """What surrounds the kernels on a GPU: ``python benchmarks/overheads.py``.
 
     small   calls so short that the host is slower than the device: microseconds that the host takes to launch a forward and a backward,
-            that the device takes (a CUDA graph of them, replayed), and beside both torch's fused attention
+            that the device takes (a CUDA graph of them, replayed, which makes the lists of a mask that lies on the device anew), and
+            beside both torch's fused attention
     lists   what a mask that is new costs before its first kernel: work lists made on the device, and on the host
     rows    the kernels that gather, sum and merge rows of an exchange, as a share of the speed of a copy
 
@@ -16,18 +17,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu import timed
+from gpu import ceilings, timed
+from magi_attention.api import calc_attn, magi_attn_flex_key
 from magi_attention.comm.row_kernels import Owners, gather_rows_into, merge_rows_, sum_rows_
 from magi_attention.functional import flex_flash_attn_func
 from magi_attention.kernels.interface import AttnSettings, DeviceMask, KernelMask
 from magi_attention.kernels.registry import pick
+from magi_attention.kernels.row_dots import row_dots
 from magi_attention.mask.bands import bands_from_slices
 
 NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM = 32, 8, 128
@@ -80,22 +85,32 @@ def small() -> Iterator[Row]:
             normal(num_tokens, heads, HEAD_DIM).requires_grad_() for heads in (NUM_HEADS_Q, NUM_HEADS_KV, NUM_HEADS_KV)
         )
         dout = normal(num_tokens, NUM_HEADS_Q, HEAD_DIM)
-        ranges, types = causal_documents(num_tokens, 1)
-
-        def ours(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor = ranges, types: Tensor = types) -> Tensor:
-            return flex_flash_attn_func(q, k, v, ranges, ranges, types)[0]
-
-        compiled = torch.compile(ours, fullgraph=True, dynamic=False)
+        ours = partial(_attend, *causal_documents(num_tokens, 1))
         yield from _time_small("ours", num_tokens, ours, (q, k, v), dout)
+        compiled = torch.compile(ours, fullgraph=True, dynamic=False)
         yield from _time_small("ours, compiled", num_tokens, compiled, (q, k, v), dout)
+        yield from _time_small("calc_attn", num_tokens, partial(_calc_attn, num_tokens), (q, k, v), dout)
         batched = tuple(x.detach().transpose(0, 1)[None].contiguous().requires_grad_() for x in (q, k, v))
+        batched_dout = dout.transpose(0, 1)[None].contiguous()
         for kind, chosen in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+            yield from _time_small(f"sdpa {kind}", num_tokens, partial(_sdpa, chosen), batched, batched_dout)
 
-            def theirs(q: Tensor, k: Tensor, v: Tensor, chosen: SDPBackend = chosen) -> Tensor:
-                with sdpa_kernel(chosen):
-                    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-            yield from _time_small(f"sdpa {kind}", num_tokens, theirs, batched, dout.transpose(0, 1)[None].contiguous())
+def _attend(ranges: Tensor, types: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flex_flash_attn_func(q, k, v, ranges, ranges, types)[0]
+
+
+def _calc_attn(num_tokens: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of one rank, whose plan knows the mask: a graph makes no lists of it."""
+    heads = (NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM)
+    whole = [[0, num_tokens]]
+    key = magi_attn_flex_key(whole, whole, "causal", num_tokens, num_tokens, *heads, chunk_size=num_tokens)
+    return calc_attn(q, k, v, key)[0]
+
+
+def _sdpa(chosen: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(chosen):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def _time_small(
@@ -122,43 +137,48 @@ def _time_small(
 
 
 def lists() -> Iterator[Row]:
-    """One row a number of documents and place: the first forward and backward of a new mask, less those of a known one."""
+    """One row a number of documents and place: a forward and backward of a new mask, less those of a known one."""
     for num_tokens, num_documents in ((8192, 16), (32768, 256), (131072, 2048)):
-        q, k, v, dout = (normal(num_tokens, heads, HEAD_DIM) for heads in (2, 1, 1, 2))
-        ranges, types = causal_documents(num_tokens, num_documents)
-        settings = AttnSettings(softmax_scale=HEAD_DIM**-0.5)
-        backend = pick(q, k, v, settings)
-        tables = [x.cpu().numpy() for x in (ranges, types)]
+        yield from _time_lists(num_tokens, num_documents)
 
-        def on_device(ranges: Tensor = ranges, types: Tensor = types, num_tokens: int = num_tokens) -> KernelMask:
-            return DeviceMask(ranges, ranges, types, num_tokens, num_tokens)
 
-        def on_host(tables: list = tables, num_tokens: int = num_tokens) -> KernelMask:  # type: ignore[type-arg]
-            return KernelMask(bands_from_slices(tables[0], tables[0], tables[1]), num_tokens, num_tokens)
+def _time_lists(num_tokens: int, num_documents: int) -> Iterator[Row]:
+    q, k, v, dout = (normal(num_tokens, heads, HEAD_DIM) for heads in (2, 1, 1, 2))
+    ranges, types = causal_documents(num_tokens, num_documents)
+    host_ranges, host_types = (x.cpu().numpy().astype(np.int64) for x in (ranges, types))
+    settings = AttnSettings(softmax_scale=HEAD_DIM**-0.5)
+    backend = pick(q, k, v, settings)
 
-        for where, make in (("device", on_device), ("host", on_host)):
-            mask = make()
-            out, lse, _ = backend.forward(q, k, v, mask, settings, out_dtype=q.dtype)
-            delta = (out.float() * dout.float()).sum(-1)
+    def on_device() -> KernelMask:
+        return DeviceMask(ranges, ranges, types, num_tokens, num_tokens)
 
-            def attend(mask: KernelMask, lse: Tensor = lse, delta: Tensor = delta) -> None:
-                backend.forward(q, k, v, mask, settings, out_dtype=q.dtype)
-                backend.backward(dout, q, k, v, lse, delta, mask, settings, grad_dtype=q.dtype)
+    def on_host() -> KernelMask:
+        return KernelMask(bands_from_slices(host_ranges, host_ranges, host_types), num_tokens, num_tokens)
 
-            known, new = timed(lambda: attend(mask)), timed(lambda: attend(make()))  # noqa: B023
-            yield {
-                "table": "lists", "tokens": num_tokens, "documents": num_documents, "method": where,
-                "known_us": known * 1e3, "new_us": new * 1e3, "lists_us": (new - known) * 1e3,
-                "host_us": host_microseconds(lambda: attend(make())),  # noqa: B023
-            }  # fmt: skip
+    out, lse, _ = backend.forward(q, k, v, on_host(), settings, out_dtype=q.dtype)
+    delta = row_dots(out, dout)
+
+    def attend(mask: KernelMask) -> None:
+        backend.forward(q, k, v, mask, settings, out_dtype=q.dtype)
+        backend.backward(dout, q, k, v, lse, delta, mask, settings, grad_dtype=q.dtype)
+
+    made: dict[str, Callable[[], KernelMask]] = {"device": on_device, "host": on_host}
+    for where, make in made.items():
+        mask, renewed = make(), partial(_renewed, attend, make)
+        known, new = timed(partial(attend, mask)), timed(renewed)
+        yield {
+            "table": "lists", "tokens": num_tokens, "documents": num_documents, "method": where,
+            "known_us": known * 1e3, "new_us": new * 1e3, "host_us": host_microseconds(renewed),
+        }  # fmt: skip
+
+
+def _renewed(attend: Callable[[KernelMask], None], make: Callable[[], KernelMask]) -> None:
+    attend(make())
 
 
 def rows() -> Iterator[Row]:
     """One row a kernel: bytes that it must read and write, over its time, and as a share of what a copy reaches."""
-    x = torch.randn(1 << 28, device="cuda")
-    y = torch.empty_like(x)
-    copy = 2 * x.nbytes / timed(lambda: y.copy_(x)) / 1e9
-    del x, y
+    _, copy = ceilings()
     num_rows, heads, dim = 1 << 16, 8, 128
     source = normal(num_rows, heads, dim)
     into, lse = source.float(), torch.randn(num_rows, heads, device="cuda")

@@ -1,8 +1,8 @@
 """Launching Triton's kernels at less cost to the host.
 
-``kernel[grid](...)`` looks at every argument, decides anew how each is specialised, and finds the compiled kernel by the text of all that: tens
-of microseconds a launch, more where tensor descriptors are among them. A `Launcher` asks once for arguments that Triton would not tell
-apart, and then launches what was compiled for them.
+``kernel[grid](...)`` looks at every argument, decides anew how each is specialised, and finds the compiled kernel by the text of all
+that: tens of microseconds a launch, more where tensor descriptors are among them. A `Launcher` asks once for arguments that Triton would
+not tell apart, and then launches what was compiled for them.
 """
 
 from __future__ import annotations
@@ -68,16 +68,16 @@ def likeness(x: Any) -> Hashable:
 
     Triton specialises integers that are 1 or multiples of 16, by their width, and pointers to multiples of 16 bytes.
     """
-    kind = type(x)
-    if kind is int:
+    if type(x) is int:
         if -(2**31) <= x < 2**31:
             return 1 if x == 1 else 16 if x % 16 == 0 else 0
         return x % 16 == 0, x < 2**63
-    if kind is float or kind is bool:
-        return kind
+    if isinstance(x, (float, bool)):
+        return "bool" if isinstance(x, bool) else "float"
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
-    return x.likeness()  # type: ignore[no-any-return]
+    described: Described = x
+    return described.likeness()
 
 
 def _in_full(x: Any) -> Any:

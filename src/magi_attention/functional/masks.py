@@ -67,19 +67,24 @@ _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def _device_mask(q_ranges: Tensor, k_ranges: Tensor, types: Tensor | None, num_q: int, num_k: int) -> DeviceMask:
     """The mask of the very tensors of an earlier call, if nothing was written to them since, with the lists that were made of it."""
     others = (k_ranges, types)
-    tables = [table for table in (q_ranges, *others) if table is not None]
-    # Another tensor of the same memory, so that what is kept for a tensor does not keep it.
-    mask = DeviceMask(q_ranges.detach(), k_ranges.detach(), None if types is None else types.detach(), num_q, num_k)
+    tables = (q_ranges, k_ranges) if types is None else (q_ranges, k_ranges, types)
     if any(table.is_inference() for table in tables) or _is_capturing(q_ranges.device):
-        return mask  # writes to these are not counted; a graph must make its lists anew whenever it is replayed
+        # Writes to these are not counted; a graph must make its lists anew whenever it is replayed.
+        return _new_mask(q_ranges, k_ranges, types, num_q, num_k)
     key = (num_q, num_k, _stream(q_ranges.device), *(table._version for table in tables))
-    kept = [one for one in _kept.get(q_ranges, ()) if _are(one.others, others)]
+    kept: tuple[_Kept, ...] = _kept.get(q_ranges, ())
     for one in kept:
-        if one.key == key:
+        if one.key == key and _are(one.others, others):
             return one.mask
+    mask = _new_mask(q_ranges, k_ranges, types, num_q, num_k)
     entry = _Kept(tuple(None if table is None else weakref.ref(table) for table in others), key, mask)
-    _kept[q_ranges] = (*_kept.get(q_ranges, ())[1 - _MOST_KEPT :], entry)
+    _kept[q_ranges] = (*kept[1 - _MOST_KEPT :], entry)
     return mask
+
+
+def _new_mask(q_ranges: Tensor, k_ranges: Tensor, types: Tensor | None, num_q: int, num_k: int) -> DeviceMask:
+    """Of other tensors of the same memory, so that what is kept for a tensor does not keep it."""
+    return DeviceMask(q_ranges.detach(), k_ranges.detach(), None if types is None else types.detach(), num_q, num_k)
 
 
 def _are(references: tuple[weakref.ref[Tensor] | None, ...], tables: tuple[Tensor | None, ...]) -> bool:

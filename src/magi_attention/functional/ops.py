@@ -11,7 +11,6 @@ no max logits asked for) has no elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,6 +50,22 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out [num_q, hq, dv], lse [num_q, hq], max_logits [hq] or [0])``; see `flex_flash_attn_func`."""
     mask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
+    options = (sink, sink_layout, softmax_scale, softcap, deterministic)
+    return _run_forward(q, k, v, mask, *options, return_max_logits)
+
+
+def _run_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: KernelMask,
+    sink: Tensor | None,
+    sink_layout: str,
+    softmax_scale: float,
+    softcap: float,
+    deterministic: bool,
+    return_max_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     settings = _settings(softmax_scale, softcap, deterministic, return_max_logits)
     q, k, v = (as_last_contiguous(x) for x in (q, k, v))
     # Sinks rescale the output: it is rounded to q's dtype only after that.
@@ -105,7 +120,24 @@ def _attend_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` of the shapes and dtypes of q, k, v, and ``dsink`` of the sink's, or ``[0]``."""
-    mask: KernelMask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
+    mask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
+    return _run_backward(dout, q, k, v, out, lse, mask, sink, sink_layout, softmax_scale, softcap, deterministic)
+
+
+def _run_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: KernelMask,
+    sink: Tensor | None,
+    sink_layout: str,
+    softmax_scale: float,
+    softcap: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     settings = _settings(softmax_scale, softcap, deterministic, False)
     dout, q, k, v = (as_last_contiguous(x) for x in (dout, q, k, v))
     delta = row_dots(out, dout)
@@ -146,16 +178,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)
 
 
-def _gradients(backward: Callable[..., tuple[Tensor, ...]], ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, dout: Tensor | None, *_: object, mask: KernelMask | None = None
+) -> tuple[Tensor | None, ...]:
+    """``mask``: of the tables that were saved, where it is known."""
     if dout is None:
         return (None,) * 12
-    *tensors, sink = ctx.saved_tensors
-    dq, dk, dv, dsink = backward(dout, *tensors, sink, *ctx.options[:-1])
+    q, k, v, out, lse, q_ranges, k_ranges, attn_type_map, sink = ctx.saved_tensors
+    options = (sink, *ctx.options[:-1])
+    if mask is None:
+        grads = flex_flash_attn_backward(dout, q, k, v, out, lse, q_ranges, k_ranges, attn_type_map, *options)
+    else:
+        grads = _run_backward(dout, q, k, v, out, lse, mask, *options)
+    dq, dk, dv, dsink = grads
     return dq, dk, dv, None, None, None, None if sink is None else dsink, *(None,) * 5
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-    return _gradients(flex_flash_attn_backward, ctx, dout)
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> None:
@@ -175,15 +211,20 @@ class FlexFlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        attend = flex_flash_attn if is_in_torch_dispatch_mode() else _attend
-        output: tuple[Tensor, Tensor, Tensor] = attend(*inputs)
+        q, k, v, q_ranges, k_ranges, attn_type_map, *options = inputs
+        ctx.mask = None
+        if is_in_torch_dispatch_mode():
+            output: tuple[Tensor, Tensor, Tensor] = flex_flash_attn(*inputs)
+        else:
+            ctx.mask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
+            output = _run_forward(q, k, v, ctx.mask, *options)
         _save(ctx, inputs, output)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-        return _gradients(flex_flash_attn_backward if is_in_torch_dispatch_mode() else _attend_backward, ctx, dout)
+        return _differentiate(ctx, dout, mask=None if is_in_torch_dispatch_mode() else ctx.mask)
 
 
 def as_last_contiguous(x: Tensor) -> Tensor:
