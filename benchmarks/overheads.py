@@ -34,6 +34,7 @@ from magi_attention.kernels.interface import AttnSettings, DeviceMask, KernelMas
 from magi_attention.kernels.registry import pick
 from magi_attention.kernels.row_dots import row_dots
 from magi_attention.mask.bands import bands_from_slices
+from magi_attention.runtime.key import DistAttnRuntimeKey
 
 NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM = 32, 8, 128
 Row = dict[str, object]
@@ -89,7 +90,9 @@ def small() -> Iterator[Row]:
         yield from _time_small("ours", num_tokens, ours, (q, k, v), dout)
         compiled = torch.compile(ours, fullgraph=True, dynamic=False)
         yield from _time_small("ours, compiled", num_tokens, compiled, (q, k, v), dout)
-        yield from _time_small("calc_attn", num_tokens, partial(_calc_attn, num_tokens), (q, k, v), dout)
+        whole, heads = [[0, num_tokens]], (NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM)
+        key = magi_attn_flex_key(whole, whole, "causal", num_tokens, num_tokens, *heads, chunk_size=num_tokens)
+        yield from _time_small("calc_attn", num_tokens, partial(_calc_attn, key), (q, k, v), dout)
         batched = tuple(x.detach().transpose(0, 1)[None].contiguous().requires_grad_() for x in (q, k, v))
         batched_dout = dout.transpose(0, 1)[None].contiguous()
         for kind, chosen in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
@@ -100,11 +103,8 @@ def _attend(ranges: Tensor, types: Tensor, q: Tensor, k: Tensor, v: Tensor) -> T
     return flex_flash_attn_func(q, k, v, ranges, ranges, types)[0]
 
 
-def _calc_attn(num_tokens: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _calc_attn(key: DistAttnRuntimeKey, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Of one rank, whose plan knows the mask: a graph makes no lists of it."""
-    heads = (NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM)
-    whole = [[0, num_tokens]]
-    key = magi_attn_flex_key(whole, whole, "causal", num_tokens, num_tokens, *heads, chunk_size=num_tokens)
     return calc_attn(q, k, v, key)[0]
 
 
