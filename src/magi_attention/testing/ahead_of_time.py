@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from magi_attention.kernels.ahead_of_time import AotVariant
+from magi_attention.testing.machine_code import unwritten_uniform_registers
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -42,6 +43,9 @@ class Code:
     """What the compiler made of a kernel: numbers a thread, and of shared memory a block; ``spilled`` and ``shared`` in bytes.
 
     ``partial_waits``: how often it waits for some asynchronous products but not all, on sm_90.
+    ``swizzles``: of the operands of products in shared memory, in bytes, each width once.
+    ``continued_sums``: how many products of tiles go on from a sum, rather than begin at 0.
+    ``unwritten``: uniform registers that are read though nothing has written them, which is the compiler's error.
     """
 
     registers: int
@@ -49,6 +53,9 @@ class Code:
     shared: int
     matrix_instructions: int
     partial_waits: int = 0
+    swizzles: tuple[int, ...] = ()
+    continued_sums: int = 0
+    unwritten: tuple[str, ...] = ()
 
 
 def variants_of(backend: str, arch: str) -> list[AotVariant]:
@@ -98,6 +105,13 @@ def complaints(variant: AotVariant, arch: str, code: Code) -> list[str]:
         found.append(f"has no {matrix_instruction(arch)}: its products do not run on the matrix units")
     if variant.keeps_products_in_flight and not code.partial_waits:
         found.append("waits for every product at once: nothing runs under them")
+    if len(code.swizzles) > 1:
+        widths = ", ".join(map(str, code.swizzles))
+        found.append(f"has operands in shared memory with swizzles of {widths} bytes, whose descriptors ptxas confuses")
+    if not variant.uses_matrix_units and code.continued_sums:
+        found.append("sums term by term over tiles: its rounding error grows with the number of terms")
+    if code.unwritten:
+        found.append(f"reads uniform registers that nothing has written: {', '.join(code.unwritten)}")
     return found
 
 
@@ -137,6 +151,9 @@ def _read_nvidia(compiled: Any, arch: str) -> Code:
         shared=compiled.metadata.shared,
         matrix_instructions=len(re.findall(rf"\b{matrix_instruction(arch)}\b", machine_code)),
         partial_waits=len(re.findall(r"DEPBAR\.LE gsb0, 0x[1-9]", machine_code)),
+        swizzles=_swizzles(compiled.asm["ttgir"]),
+        continued_sums=_continued_sums(compiled.asm["ttgir"]),
+        unwritten=unwritten_uniform_registers(machine_code),
     )
 
 
@@ -147,7 +164,19 @@ def _read_amd(compiled: Any, arch: str) -> Code:
         spilled=4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text),
         shared=compiled.metadata.shared,
         matrix_instructions=len(re.findall(rf"\b{matrix_instruction(arch)}", text)),
+        continued_sums=_continued_sums(compiled.asm["ttgir"]),
     )
+
+
+def _swizzles(ttgir: str) -> tuple[int, ...]:
+    """Of operands that the matrix units read from shared memory (sm_90 and later), by Triton's encodings; 0 is of rows of numbers."""
+    widths = {int(width) for width in re.findall(r"nvmma_shared<\{swizzlingByteWidth = (\d+)", ttgir)}
+    return tuple(sorted(widths - {0}))
+
+
+def _continued_sums(ttgir: str) -> int:
+    zeros = set(re.findall(r"(%\w+) = arith\.constant dense<0\.0+e\+00>", ttgir))
+    return sum(begin not in zeros for begin in re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", ttgir))
 
 
 def _number(pattern: str, text: str) -> int:

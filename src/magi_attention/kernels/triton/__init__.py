@@ -92,12 +92,13 @@ def _precision(q: Tensor) -> str:
 
 def _shared(q: Tensor, v: Tensor, hk: int, tiles: Tiles, settings: AttnSettings) -> dict[str, Any]:
     d, dv = q.shape[-1], v.shape[-1]
+    block_d, block_dv = (padded(columns, q.element_size(), arch_of(q.device)) for columns in (d, dv))
     return {
         "GROUP": q.shape[1] // hk,
         "D": d,
         "DV": dv,
-        "BLOCK_D": padded(d),
-        "BLOCK_DV": padded(dv),
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
         "TILE_Q": tiles.q,
         "TILE_K": tiles.k,
         "CAPPED": settings.softcap > 0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from magi_attention.kernels.triton.steps import attended, load_rows, tanh
+from magi_attention.kernels.triton.steps import add_product, attended, load_rows, tanh
 
 
 @triton.jit
@@ -55,8 +55,8 @@ def _keys_block(
     b_p, b_ds = _score_gradients(
         b_s, b_dp, b_lse_log2[None, :], b_delta[None, :], m_cells, scale_log2, cap_log2, CAPPED, MASKED
     )
-    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do, PRECISION)
+    b_dk = add_product(b_dk, b_ds.to(b_q.dtype), b_q, PRECISION)
     return b_dk, b_dv
 
 
@@ -126,7 +126,7 @@ def _queries_block(
     _, b_ds = _score_gradients(
         b_s, b_dp, b_lse_log2[:, None], b_delta[:, None], m_cells, scale_log2, cap_log2, CAPPED, MASKED
     )
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    return add_product(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from magi_attention.kernels.triton.interpreter import is_interpreted
-from magi_attention.kernels.triton.spills import SPILLS
+from magi_attention.kernels.triton.spills import SPILLS, UNALIGNED_SPILLS
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,24 @@ class KernelTiles:
     dq: Tiles
 
 
-def padded(head_dim: int) -> int:
-    """The block of columns that holds a head: the next power of two, at least 16."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+def padded(head_dim: int, itemsize: int, arch: str) -> int:
+    """The block of columns that holds a head: the next power of two, at least 16; in rows of 128 bytes where products read shared memory.
+
+    Narrower rows are swizzled by 32 or 64 bytes there. Of two operands at the same place whose swizzles differ, ptxas (12.8, of Triton
+    3.6) took one's descriptors for the other's and computed some of them from a register that nothing had written: wrong results, or an
+    address out of range.
+    """
+    least = 128 // itemsize if _reads_shared_memory(arch) else 16
+    return max(least, _next_power_of_two(head_dim))
+
+
+def _next_power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _reads_shared_memory(arch: str) -> bool:
+    """Whether matrix units read their operands through descriptors of shared memory: wgmma and tcgen05."""
+    return arch.startswith("sm_") and 90 <= int(arch.removeprefix("sm_")) < 120
 
 
 def pick_tiles(head_dim: int, head_dim_v: int, itemsize: int, arch: str) -> KernelTiles:
@@ -48,14 +63,18 @@ def pick_tiles(head_dim: int, head_dim_v: int, itemsize: int, arch: str) -> Kern
     return _TABLE[_family(arch)][columns]
 
 
-def most_spilled(arch: str, kernel: str, head_dim: int, head_dim_v: int, itemsize: int) -> int:
-    """Bytes a thread that the compiler may keep in memory for want of registers, for ``kernel`` forward, dkdv or dq."""
-    return SPILLS.get(arch, {}).get((kernel, _columns(head_dim, head_dim_v), itemsize), 0)
+def most_spilled(arch: str, kernel: str, head_dim: int, head_dim_v: int, itemsize: int, *, aligned: bool = True) -> int:
+    """Bytes a thread that the compiler may keep in memory for want of registers, for ``kernel`` forward, dkdv or dq.
+
+    ``aligned``: whether pointers and strides are multiples of 16.
+    """
+    entry = (kernel, _columns(head_dim, head_dim_v), itemsize)
+    return (SPILLS if aligned else UNALIGNED_SPILLS).get(arch, {}).get(entry, 0)
 
 
 def _columns(head_dim: int, head_dim_v: int) -> int:
     """The row of the table for these heads: the wider block of columns, at least 64."""
-    return max(64, padded(head_dim), padded(head_dim_v))
+    return max(64, _next_power_of_two(head_dim), _next_power_of_two(head_dim_v))
 
 
 def _family(arch: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from magi_attention.kernels.triton.steps import attended, load_rows, tanh
+from magi_attention.kernels.triton.steps import add_product, attended, load_rows, tanh
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _attend_block(
     b_total = b_total * b_shrink + tl.sum(b_p, 1)
     b_acc = b_acc * b_shrink[:, None]
     b_v = load_rows(p_v, o_k, s_v, num_k, tl.arange(0, BLOCK_DV), DV, MASKED)  # [k, dv]
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+    b_acc = add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
     return b_acc, b_new, b_total, b_raw
 
 

@@ -68,3 +68,4 @@ SPILLS: dict[str, dict[tuple[str, int, int], int]] = {
 }
 # The same code.
 SPILLS["sm_89"] = SPILLS["sm_86"]
+UNALIGNED_SPILLS: dict[str, dict[tuple[str, int, int], int]] = {}

@@ -20,6 +20,19 @@ def load_rows(p_base, o_rows, stride, num_rows, o_columns, NUM_COLUMNS: tl.const
 
 
 @triton.jit
+def add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
+    """``b_sum + b_left @ b_right``, for sums over many tiles.
+
+    The ordinary units, which make IEEE products of float32 numbers, would go on from the sum term by term, and the rounding error would
+    grow with the number of terms. Each tile's product by itself, it grows with that of tiles.
+    """
+    if b_left.dtype == tl.float32 and PRECISION == "ieee":
+        # The limit, which means nothing here, keeps the compiler from making one of product and sum.
+        return b_sum + tl.dot(b_left, b_right, input_precision=PRECISION, max_num_imprecise_acc=1)
+    return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
 def tanh(x):
     """Of any size: 1 - 2 / (exp(2x) + 1), by a bounded exponent; near 0 by its series, where that loses digits."""
     y = tl.minimum(tl.maximum(x, -10.0), 10.0)
