@@ -15,12 +15,11 @@ SPILLS: dict[str, dict[tuple[str, int, int], int]] = {
         ("dkdv", 256, 2): 16,
         ("dkdv", 256, 4): 2128,
         ("dq", 64, 2): 8,
-        ("dq", 64, 4): 8,
-        ("dq", 256, 4): 24,
+        ("dq", 128, 4): 8,
         ("forward", 64, 2): 16,
         ("forward", 128, 2): 40,
         ("forward", 256, 2): 568,
-        ("forward", 256, 4): 16,
+        ("forward", 256, 4): 24,
     },
     "sm_86": {
         ("dkdv", 64, 2): 24,
@@ -52,7 +51,7 @@ SPILLS: dict[str, dict[tuple[str, int, int], int]] = {
         ("dq", 128, 2): 128,
         ("dq", 256, 2): 160,
         ("forward", 256, 2): 824,
-        ("forward", 256, 4): 16,
+        ("forward", 256, 4): 8,
     },
     "sm_120": {
         ("dkdv", 128, 4): 248,
@@ -66,6 +65,28 @@ SPILLS: dict[str, dict[tuple[str, int, int], int]] = {
         ("forward", 256, 4): 16,
     },
 }
+# Where pointers and strides are no multiples of 16.
+UNALIGNED_SPILLS: dict[str, dict[tuple[str, int, int], int]] = {
+    "sm_80": {
+        ("dkdv", 64, 2): 104,
+        ("dkdv", 128, 2): 488,
+        ("dq", 64, 2): 16,
+        ("dq", 128, 2): 160,
+        ("forward", 64, 2): 64,
+        ("forward", 128, 2): 160,
+    },
+    "sm_90": {
+        ("dkdv", 128, 2): 592,
+        ("dq", 128, 2): 648,
+        ("forward", 128, 2): 168,
+    },
+    "sm_100": {
+        ("dkdv", 64, 2): 72,
+        ("dkdv", 128, 2): 832,
+        ("dq", 64, 2): 80,
+        ("dq", 128, 2): 296,
+        ("forward", 128, 2): 464,
+    },
+}
 # The same code.
 SPILLS["sm_89"] = SPILLS["sm_86"]
-UNALIGNED_SPILLS: dict[str, dict[tuple[str, int, int], int]] = {}

@@ -53,12 +53,13 @@ def _variant(
     tiles: Tiles = getattr(pick_tiles(*head_dims, itemsize, arch), kernel)
     function, values = _KERNELS[kernel], _constexprs(head_dims, itemsize, arch, tiles, _CASES[case])
     result_dtype = "fp32" if case == "merge" else dtype
+    name_of_case = f"{case} unaligned" if unaligned else case
     signature = {name: _type_of(name, values, dtype, result_dtype) for name in function.arg_names}
     return AotVariant(
         kernel=kernel,
         head_dims=head_dims,
         dtype=dtype,
-        case=f"{case} unaligned" if unaligned else case,
+        case=name_of_case,
         function=function,
         signature=signature,
         constexprs={name: values[name] for name, type_ in signature.items() if type_ == "constexpr"},
@@ -67,7 +68,7 @@ def _variant(
         options={"num_warps": tiles.warps, "num_stages": tiles.stages},
         uses_matrix_units=dtype != "fp32",
         most_spilled=most_spilled(arch, kernel, *head_dims, itemsize, aligned=not unaligned),
-        is_representative=_is_representative(arch, kernel, head_dims, dtype, case),
+        is_representative=_is_representative(arch, kernel, head_dims, dtype, name_of_case),
     )
 
 
@@ -75,7 +76,7 @@ def _is_representative(arch: str, kernel: str, head_dims: tuple[int, int], dtype
     wanted = [((128, 128), "plain")]
     if arch == "sm_90":
         wanted += [((64, 64), "plain"), ((256, 256), "plain")]
-        wanted += [((40, 24), "merge")] * (kernel == "forward")
+        wanted += [((40, 24), "merge unaligned")] * (kernel == "forward")
     return dtype == "bf16" and (head_dims, case) in wanted
 
 
