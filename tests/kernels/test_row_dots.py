@@ -13,7 +13,9 @@ from magi_attention.kernels.triton.row_dots import row_dots_on_device
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (37, 3, 24), (1000, 5, 128), (9, 2, 200), (0, 2, 16), (4, 0, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (37, 3, 24), (1000, 5, 128), (9, 2, 200), (0, 2, 16), (4, 0, 16)], ids=str
+)
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
 def test_row_dots(shape: tuple[int, int, int], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     generator = torch.Generator().manual_seed(0)
