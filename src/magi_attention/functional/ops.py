@@ -11,7 +11,7 @@ no max logits asked for) has no elements.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,45 +34,39 @@ _BACKWARD = (
 )
 
 
+class _Options(NamedTuple):
+    """As the operators take them, behind the tensors and the mask."""
+
+    sink: Tensor | None
+    sink_layout: str
+    softmax_scale: float
+    softcap: float
+    deterministic: bool
+
+    def settings(self, return_max_logits: bool = False) -> AttnSettings:
+        deterministic = self.deterministic or env.deterministic_mode()
+        return AttnSettings(self.softmax_scale, self.softcap, deterministic, return_max_logits)
+
+
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_ranges: Tensor,
-    k_ranges: Tensor,
-    attn_type_map: Tensor | None,
-    sink: Tensor | None,
-    sink_layout: str,
-    softmax_scale: float,
-    softcap: float,
-    deterministic: bool,
-    return_max_logits: bool,
+    q: Tensor, k: Tensor, v: Tensor, q_ranges: Tensor, k_ranges: Tensor, attn_type_map: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out [num_q, hq, dv], lse [num_q, hq], max_logits [hq] or [0])``; see `flex_flash_attn_func`."""
     mask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
-    options = (sink, sink_layout, softmax_scale, softcap, deterministic)
-    return _run_forward(q, k, v, mask, *options, return_max_logits)
+    *others, return_max_logits = options
+    return _run_forward(q, k, v, mask, _Options(*others), return_max_logits)
 
 
 def _run_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: KernelMask,
-    sink: Tensor | None,
-    sink_layout: str,
-    softmax_scale: float,
-    softcap: float,
-    deterministic: bool,
-    return_max_logits: bool,
+    q: Tensor, k: Tensor, v: Tensor, mask: KernelMask, options: _Options, return_max_logits: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    settings = _settings(softmax_scale, softcap, deterministic, return_max_logits)
+    """``(out [num_q, hq, dv], lse [num_q, hq], max_logits [hq] or [0])``; see `flex_flash_attn_func`."""
+    settings, sink = options.settings(return_max_logits), options.sink
     q, k, v = (as_last_contiguous(x) for x in (q, k, v))
     # Sinks rescale the output: it is rounded to q's dtype only after that.
     out_dtype = q.dtype if sink is None else accumulation_dtype(q.dtype)
     out, lse, max_logits = _backend(q, k, v, settings).forward(q, k, v, mask, settings, out_dtype=out_dtype)
     if sink is not None:
-        out, lse = apply_sink(out, lse, sink, sink_layout)
+        out, lse = apply_sink(out, lse, sink, options.sink_layout)
         out = out.to(q.dtype)
     return out.contiguous(), lse.contiguous(), lse.new_empty(0) if max_logits is None else max_logits
 
@@ -113,37 +107,22 @@ def _attend_backward(
     q_ranges: Tensor,
     k_ranges: Tensor,
     attn_type_map: Tensor | None,
-    sink: Tensor | None,
-    sink_layout: str,
-    softmax_scale: float,
-    softcap: float,
-    deterministic: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv)`` of the shapes and dtypes of q, k, v, and ``dsink`` of the sink's, or ``[0]``."""
     mask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
-    return _run_backward(dout, q, k, v, out, lse, mask, sink, sink_layout, softmax_scale, softcap, deterministic)
+    return _run_backward(dout, q, k, v, out, lse, mask, _Options(*options))
 
 
 def _run_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: KernelMask,
-    sink: Tensor | None,
-    sink_layout: str,
-    softmax_scale: float,
-    softcap: float,
-    deterministic: bool,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: KernelMask, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings = _settings(softmax_scale, softcap, deterministic, False)
+    """``(dq, dk, dv)`` of the shapes and dtypes of q, k, v, and ``dsink`` of the sink's, or ``[0]``."""
+    settings, sink = options.settings(), options.sink
     dout, q, k, v = (as_last_contiguous(x) for x in (dout, q, k, v))
     delta = row_dots(out, dout)
     backend = _backend(q, k, v, settings)
     dq, dk, dv = backend.backward(dout, q, k, v, lse, delta, mask, settings, grad_dtype=q.dtype)
-    dsink = lse.new_empty(0) if sink is None else sink_gradient(lse, sink, delta, sink_layout).to(sink.dtype)
+    dsink = lse.new_empty(0) if sink is None else sink_gradient(lse, sink, delta, options.sink_layout).to(sink.dtype)
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), dsink.contiguous()
 
 
@@ -185,11 +164,11 @@ def _differentiate(
     if dout is None:
         return (None,) * 12
     q, k, v, out, lse, q_ranges, k_ranges, attn_type_map, sink = ctx.saved_tensors
-    options = (sink, *ctx.options[:-1])
+    options = _Options(sink, *ctx.options[:-1])
     if mask is None:
         grads = flex_flash_attn_backward(dout, q, k, v, out, lse, q_ranges, k_ranges, attn_type_map, *options)
     else:
-        grads = _run_backward(dout, q, k, v, out, lse, mask, *options)
+        grads = _run_backward(dout, q, k, v, out, lse, mask, options)
     dq, dk, dv, dsink = grads
     return dq, dk, dv, None, None, None, None if sink is None else dsink, *(None,) * 5
 
@@ -211,13 +190,13 @@ class FlexFlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, q_ranges, k_ranges, attn_type_map, *options = inputs
+        q, k, v, q_ranges, k_ranges, attn_type_map, *options, return_max_logits = inputs
         ctx.mask = None
         if is_in_torch_dispatch_mode():
             output: tuple[Tensor, Tensor, Tensor] = flex_flash_attn(*inputs)
         else:
             ctx.mask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
-            output = _run_forward(q, k, v, ctx.mask, *options)
+            output = _run_forward(q, k, v, ctx.mask, _Options(*options), return_max_logits)
         _save(ctx, inputs, output)
         return output
 
@@ -230,10 +209,6 @@ class FlexFlashAttention(torch.autograd.Function):
 def as_last_contiguous(x: Tensor) -> Tensor:
     """``x``, copied only if its last axis is not contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _settings(softmax_scale: float, softcap: float, deterministic: bool, return_max_logits: bool) -> AttnSettings:
-    return AttnSettings(softmax_scale, softcap, deterministic or env.deterministic_mode(), return_max_logits)
 
 
 def _backend(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings) -> Backend:
