@@ -16,7 +16,11 @@ from magi_attention.kernels.ahead_of_time import AotVariant
 from magi_attention.testing.ahead_of_time import ARCHITECTURES, SHARED_LIMIT, Code, complaints, matrix_instruction
 from magi_attention.testing.machine_code import unwritten_uniform_registers
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
+
+from magi_attention.kernels.triton.configs import padded
 
 REPORT = Path(__file__).parents[2] / "benchmarks" / "compile_report.py"
 
@@ -82,6 +86,14 @@ def test_what_is_complained_of() -> None:
         assert words in complaints(_variant(), "sm_90", replace(good, **error))[0]
     assert complaints(_variant(), "sm_90", replace(good, swizzles=(128,), continued_sums=1)) == []
     assert "term by term" in complaints(_variant(uses_matrix_units=False), "sm_90", replace(good, continued_sums=1))[0]
+
+
+def test_rows_that_products_read_from_shared_memory_have_128_bytes() -> None:
+    for arch in ("sm_90", "sm_100", "sm_103"):
+        assert [padded(d, 2, arch) for d in (1, 24, 40, 64, 65, 256)] == [64, 64, 64, 64, 128, 256]
+        assert [padded(d, 4, arch) for d in (1, 24, 40)] == [32, 32, 64]
+    for arch in ("sm_80", "sm_120", "gfx942", "interpreter"):
+        assert [padded(d, 2, arch) for d in (1, 24, 40, 65)] == [16, 32, 64, 128]
 
 
 # Of a forward for sm_90 whose keys and values ptxas confused: it took UR22 for the lower half of the values' descriptors, UR50.

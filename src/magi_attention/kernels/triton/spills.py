@@ -56,10 +56,10 @@ SPILLS: dict[str, dict[tuple[str, int, int], int]] = {
     "sm_120": {
         ("dkdv", 128, 4): 248,
         ("dkdv", 256, 2): 16,
-        ("dkdv", 256, 4): 2120,
+        ("dkdv", 256, 4): 2216,
         ("dq", 64, 2): 48,
+        ("dq", 64, 4): 16,
         ("dq", 256, 2): 32,
-        ("dq", 256, 4): 16,
         ("forward", 64, 2): 8,
         ("forward", 256, 2): 24,
         ("forward", 256, 4): 16,
@@ -75,6 +75,13 @@ UNALIGNED_SPILLS: dict[str, dict[tuple[str, int, int], int]] = {
         ("forward", 64, 2): 64,
         ("forward", 128, 2): 160,
     },
+    "sm_86": {
+        ("dkdv", 64, 2): 32,
+        ("dkdv", 128, 2): 200,
+        ("dq", 64, 2): 32,
+        ("forward", 64, 2): 48,
+        ("forward", 128, 2): 176,
+    },
     "sm_90": {
         ("dkdv", 128, 2): 592,
         ("dq", 128, 2): 648,
@@ -87,6 +94,14 @@ UNALIGNED_SPILLS: dict[str, dict[tuple[str, int, int], int]] = {
         ("dq", 128, 2): 296,
         ("forward", 128, 2): 464,
     },
+    "sm_120": {
+        ("dkdv", 64, 2): 24,
+        ("dkdv", 128, 2): 296,
+        ("dq", 64, 2): 32,
+        ("forward", 64, 2): 40,
+        ("forward", 128, 2): 184,
+    },
 }
 # The same code.
 SPILLS["sm_89"] = SPILLS["sm_86"]
+UNALIGNED_SPILLS["sm_89"] = UNALIGNED_SPILLS["sm_86"]
