@@ -19,6 +19,11 @@
 
 struct Band { int64_t q0, q1, k0, k1, lo, hi; };
 
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
 struct View {  // [tokens, heads, columns]
   const void* data;
   int64_t token, head;
@@ -95,9 +100,10 @@ struct Buffer {
   operator float*() const { return data; }
 };
 
-// A tile of queries, a multiple of MR, against a block of keys, a multiple of NR: K and V blocks of 256 x 128 floats stay in the second-level
-// cache. Rows of a tile's scores are LEAD apart: not a power of two, so that a column of them falls into different cache sets.
-constexpr int TILE_Q = 60, BLOCK_K = 256, LEAD = BLOCK_K + 16;
+// Rows of queries are (query, head), the heads that share one of keys side by side. A tile of at most TILE_ROWS of them, a multiple of MR, meets
+// a block of at most BLOCK_K keys, a multiple of NR: K and V blocks of 256 x 128 floats stay in the second-level cache. Rows of a tile's scores
+// are LEAD apart: not a power of two, so that a column of them falls into different cache sets.
+constexpr int TILE_ROWS = 60, BLOCK_K = 256, LEAD = BLOCK_K + 16;
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

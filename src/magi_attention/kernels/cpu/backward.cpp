@@ -23,8 +23,8 @@ struct Scratch {
   Buffer rows, k_along, v_along, k_across, q_rows, dout_rows, q_across, dout_across, scores, dscores, dq, dk, dv;
   Scratch(int64_t d, int64_t d_out)
       : in(d), out(d_out), rows(BLOCK_K * std::max(in.stride, out.stride)), k_along(BLOCK_K * in.stride), v_along(BLOCK_K * out.stride),
-        k_across(BLOCK_K / E::n * in.padded), q_rows(TILE_Q * in.stride), dout_rows(TILE_Q * out.stride), q_across(TILE_Q / E::n * in.padded),
-        dout_across(TILE_Q / E::n * out.padded), scores(TILE_Q * LEAD), dscores(TILE_Q * LEAD), dq(TILE_Q * in.padded), dk(BLOCK_K * in.padded),
+        k_across(BLOCK_K / E::n * in.padded), q_rows(TILE_ROWS * in.stride), dout_rows(TILE_ROWS * out.stride), q_across(TILE_ROWS / E::n * in.padded),
+        dout_across(TILE_ROWS / E::n * out.padded), scores(TILE_ROWS * LEAD), dscores(TILE_ROWS * LEAD), dq(TILE_ROWS * in.padded), dk(BLOCK_K * in.padded),
         dv(BLOCK_K * out.padded) {}
   const float* probs_across() const { return scores; }
   const float* dscores_across() const { return E::n == 1 ? dscores : scores + LEAD; }
@@ -34,9 +34,13 @@ template <class T, class D, class E>
 struct Kernel {
   const Problem& p;
   const BackwardInput& in;
-  const TileBands& index;  // by block of keys
+  const Pieces& blocks;  // of keys
+  const PieceBands& index;
   const Partitions& parts;
   const Scratch<E>& s;
+  bool stream_q, stream_k, stream_v;  // dq, dk, dv
+
+  int group() const { return (int)(p.hq / p.hk); }
 
   // One row of a tile, while its scores are differentiated.
   struct Row {
@@ -44,11 +48,11 @@ struct Kernel {
     int r0, r1;  // the columns that it attends
   };
 
-  Row row_of_tile(const BandBlock& block, int64_t r, int64_t h) const {
-    if (r < block.a || r >= block.b) return {vf{}, vf{}, 0, 0};
-    int64_t at = r * p.hq + h;
+  Row row_of_tile(const BandTile& x, int row, int64_t kv) const {
+    if (row >= x.rows) return {vf{}, vf{}, 0, 0};
+    int64_t q = x.query(row), at = x.a * p.hq + kv * group() + x.skipped + row + (q - x.a) * (p.hq - group());
     bool any = in.lse[at] != -INFINITY;
-    return {splat(-in.lse[at] * LOG2E), splat(in.delta[at] * p.scale), any ? block.left(r) : 0, any ? block.right(r) : 0};
+    return {splat(-in.lse[at] * LOG2E), splat(in.delta[at] * p.scale), any ? x.left(q) : 0, any ? x.right(q) : 0};
   }
 
   struct Gradient { vf prob, dscore; };
@@ -73,25 +77,22 @@ struct Kernel {
     return {prob, dscore};
   }
 
-  // E::n rows from row r of a tile whose memory begins at row `base`; columns [begin, end), whole vectors.
-  void differentiate_rows(const BandBlock& block, int64_t base, int64_t r, int64_t h, int begin, int end) const {
-    float *score = s.scores + (r - base) * LEAD, *dscore = s.dscores + (r - base) * LEAD;
+  // E::n rows of a tile from one on; columns [begin, end), whole vectors.
+  void differentiate_rows(const BandTile& x, int first, int64_t kv, int begin, int end) const {
+    float *score = s.scores + first * LEAD, *dscore = s.dscores + first * LEAD;
     Row row[E::n];
-    for (int i = 0; i < E::n; i++) row[i] = row_of_tile(block, r + i, h);
-    int full_begin = end, full_end = begin;
-    for (int i = 0; i < E::n; i++) {
-      full_begin = i ? std::max(full_begin, row[i].r0) : row[i].r0;
-      full_end = i ? std::min(full_end, row[i].r1) : row[i].r1;
-    }
+    for (int i = 0; i < E::n; i++) row[i] = row_of_tile(x, first + i, kv);
+    int full_begin = row[0].r0, full_end = row[0].r1;
+    for (int i = 1; i < E::n; i++) full_begin = std::max(full_begin, row[i].r0), full_end = std::min(full_end, row[i].r1);
     auto act = [&](int c, auto partial) {
-      Gradient x[E::n];
-      for (int i = 0; i < E::n; i++) x[i] = differentiate<partial>(row[i], c, load(score + i * LEAD + c), load(dscore + i * LEAD + c));
-      for (int i = 0; i < E::n; i++) E::put(dscore + i * LEAD, c, x[i].dscore);
+      Gradient of[E::n];
+      for (int i = 0; i < E::n; i++) of[i] = differentiate<partial>(row[i], c, load(score + i * LEAD + c), load(dscore + i * LEAD + c));
+      for (int i = 0; i < E::n; i++) E::put(dscore + i * LEAD, c, of[i].dscore);
       if constexpr (E::n == 1) {
-        store(score + c, x[0].prob);
+        store(score + c, of[0].prob);
       } else {
-        store(score + c, E::zip(x[0].prob, x[1].prob));
-        store(score + LEAD + c, E::zip(x[0].dscore, x[1].dscore));
+        store(score + c, E::zip(of[0].prob, of[1].prob));
+        store(score + LEAD + c, E::zip(of[0].dscore, of[1].dscore));
       }
     };
     full_begin = std::min(end, (full_begin + VL - 1) / VL * VL), full_end = full_end / VL * VL;
@@ -102,113 +103,138 @@ struct Kernel {
     // Strips of keys look at a row up to MR - 1 columns (in pairs, one more) away from what it attends: there it is 0.
     constexpr int around = (MR + VL) / VL * VL;
     for (int i = 0; i < E::n; i++)
-      for (float* x : {score + i * LEAD, dscore + i * LEAD}) {
-        if (E::n == 2 && x == dscore + i * LEAD) continue;
-        std::fill(x + std::max(0, begin - around), x + begin, 0.f);
-        std::fill(x + end, x + std::min(BLOCK_K, end + around), 0.f);
+      for (float* to : {score + i * LEAD, dscore + i * LEAD}) {
+        if (E::n == 2 && to == dscore + i * LEAD) continue;
+        for (int c = std::max(0, begin - around); c < begin; c += VL) store(to + c, vf{});
+        for (int c = end; c < std::min(BLOCK_K, end + around); c += VL) store(to + c, vf{});
       }
   }
 
-  // A tile of queries of one head against the packed block of keys.
-  void tile(const BandBlock& block, const Strip* strips, int count, int64_t h) const {
-    int64_t base = block.a / E::n * E::n, skipped = block.a - base;
-    copy_rows<T, E>(p.q, block.a, block.b, h, 1, s.in, s.q_rows + skipped * s.in.stride, 0);
-    copy_rows<D, E>(in.dout, block.a, block.b, h, 1, s.out, s.dout_rows + skipped * s.out.stride, 0);
-    pack_across<E>(s.q_rows, s.in, TILE_Q, (int)skipped, (int)(block.b - base), s.q_across);
-    pack_across<E>(s.dout_rows, s.out, TILE_Q, (int)skipped, (int)(block.b - base), s.dout_across);
-    int64_t part = parts.of_block(block.kb / BLOCK_K);
-    for (int64_t r = block.a; r < block.b; r++) prefetch<1>(parts.dq_row(part, r, h), p.d * sizeof(float));
+  // A tile of rows against the packed keys [packed) of its block.
+  void tile(const BandTile& x, int64_t kv, int64_t part, const Range& packed) const {
+    Strip strips[MAX_STRIPS];
+    int count = x.strips(strips), group = x.group;
+    int64_t head = kv * group, row = x.a * group + x.skipped;
+    Rows<T> q(p.q, x.a, head, group, x.skipped, x.rows);
+    Rows<D> dout(in.dout, x.a, head, group, x.skipped, x.rows);
+    int64_t after = std::min<int64_t>(TILE_ROWS, p.num_q * group - row - x.rows);
+    Rows<T> later_q(p.q, x.a, head, group, x.skipped, x.rows + after);
+    Rows<D> later_dout(in.dout, x.a, head, group, x.skipped, x.rows + after);
+    later_q.skip(x.rows), later_dout.skip(x.rows);
+    auto fetch_some = [&] { fetch(later_q, 1, p.d), fetch(later_dout, 1, p.dv); };
+
+    copy_rows<T, E>(q, s.in, s.q_rows);
+    copy_rows<D, E>(dout, s.out, s.dout_rows);
+    if (x.rows % E::n) {
+      std::fill_n(s.q_rows + x.rows * s.in.stride, s.in.stride, 0.f);
+      std::fill_n(s.dout_rows + x.rows * s.out.stride, s.out.stride, 0.f);
+    }
+    pack_across<E>(s.q_rows, s.in, TILE_ROWS, 0, x.rows, s.q_across);
+    pack_across<E>(s.dout_rows, s.out, TILE_ROWS, 0, x.rows, s.dout_across);
     auto along = [&](const float* rows, const Columns<E>& columns, const float* panels, float* to) {
-      each_panel(strips, count, [&](int c, int vectors, const Strip& x) {
-        multiply<E, false>(x.rows, vectors, (int)columns.words, rows + (x.row - base) * columns.stride, columns.stride, 1,
-                           panels + c / NR * NR * columns.stride + c % NR, to + (x.row - base) * LEAD + c, LEAD);
+      each_panel(strips, count, [&](int c, int vectors, const Strip& strip) {
+        multiply<E, false>(strip.rows, vectors, (int)columns.words, rows + strip.row * columns.stride, columns.stride, 1,
+                           panels + c / NR * NR * columns.stride + c % NR, to + strip.row * LEAD + c, LEAD);
+        fetch_some();
       });
     };
     along(s.q_rows, s.in, s.k_along, s.scores);
     along(s.dout_rows, s.out, s.v_along, s.dscores);
     for (int i = 0; i < count; i++)
-      for (int64_t r = strips[i].row / E::n * E::n; r < strips[i].row + strips[i].rows; r += E::n)
-        differentiate_rows(block, base, r, h, strips[i].first(), strips[i].last());
-    to_queries(base, strips, count, h, part);
-    to_keys(s.probs_across(), s.dout_across, s.out, s.dv, block, base, strips, count);
-    to_keys(s.dscores_across(), s.q_across, s.in, s.dk, block, base, strips, count);
+      for (int r = strips[i].row; r < strips[i].row + strips[i].rows; r += E::n)
+        differentiate_rows(x, r, kv, strips[i].first(), strips[i].last());
+    Range keys{std::max(packed.begin, x.band.k0 - x.keys.begin), std::min(packed.end, x.band.k1 - x.keys.begin)};
+    to_queries(x, strips, count, kv, part, keys, fetch_some);
+    to_keys(s.probs_across(), s.dout_across, s.out, s.dv, x, fetch_some);
+    to_keys(s.dscores_across(), s.q_across, s.in, s.dk, x, fetch_some);
   }
 
-  // dq += dS K.
-  void to_queries(int64_t base, const Strip* strips, int count, int64_t h, int64_t part) const {
-    int64_t a = strips[0].row, b = strips[count - 1].row + strips[count - 1].rows;
-    float* dq = s.dq + (a - base) * s.in.padded;
-    std::fill(dq, dq + (b - a) * s.in.padded, 0.f);
+  // dq += dS K. Keys that share a word with those that a strip attends may be multiplied by its zeros where they are of `keys`.
+  template <class Between>
+  void to_queries(const BandTile& x, const Strip* strips, int count, int64_t kv, int64_t part, const Range& keys, Between&& between) const {
     for (int64_t c = 0; c < s.in.padded; c += NR)
       for (int i = 0; i < count; i++) {
-        const Strip& x = strips[i];
-        add_product<E>(x.rows, s.in.vectors(c), x.begin, x.end, s.dscores + (x.row - base) * LEAD, LEAD, 1,
-                       s.k_across + c * (BLOCK_K / E::n), dq + (x.row - a) * s.in.padded + c, s.in.padded);
+        const Strip& strip = strips[i];
+        Range used = whole_words<E>({strip.begin, strip.end}, keys);
+        multiply_elements<E>(false, strip.rows, s.in.vectors(c), used.begin, used.end, s.dscores + strip.row * LEAD, LEAD, 1,
+                             s.k_across + c * (BLOCK_K / E::n), s.dq + strip.row * s.in.padded + c, s.in.padded);
+        between();
       }
-    for (int64_t r = a; r < b; r++, dq += s.in.padded) {
-      float* dst = parts.dq_row(part, r, h);
-      for (int64_t e = 0; e < p.d; e++) dst[e] += dq[e];
+    const float* from = s.dq;
+    int64_t q = x.a;
+    for (int row = 0, g = x.skipped; row < x.rows; row++, from += s.in.padded) {
+      int64_t head = kv * x.group + g;
+      if (parts.written_once(q)) {
+        write(from, p.d, in.dq, q * p.hq + head, stream_q);
+      } else {
+        float* dst = parts.dq_row(part, q, head);
+        for (int64_t e = 0; e < p.d; e++) dst[e] += from[e];
+      }
+      if (++g == x.group) g = 0, q++;
     }
   }
 
-  // sums [keys, columns] += weights^T [keys, queries] rows [queries, columns], over the queries of the tile's strips.
-  void to_keys(const float* weights, const float* rows, const Columns<E>& columns, float* sums, const BandBlock& block, int64_t base,
-               const Strip* strips, int count) const {
-    const Band& band = block.band;
-    int key_begin = block.left(block.a), key_end = block.right(block.b - 1);
-    int64_t a = strips[0].row, b = strips[count - 1].row + strips[count - 1].rows;
+  // sums [keys, columns] += weights^T [keys, rows] rows [rows, columns].
+  template <class Between>
+  void to_keys(const float* weights, const float* rows, const Columns<E>& columns, float* sums, const BandTile& x, Between&& between) const {
+    const Band& band = x.band;
+    int key_begin = x.left(x.a), key_end = x.right(x.query(x.rows - 1));
+    // The rows whose queries attend one of the keys from c on, before c + num.
+    auto rows_of = [&](int c, int num) {
+      int64_t from = (x.keys.begin + c - band.hi - x.a) * x.group - x.skipped, to = (x.keys.begin + c + num - band.lo - x.a) * x.group - x.skipped;
+      return whole_words<E>({std::max<int64_t>(0, from), std::min<int64_t>(x.rows, to)}, {0, x.rows + x.rows % E::n});
+    };
     for (int64_t e = 0; e < columns.padded; e += NR)
       for (int c = key_begin; c < key_end; c += MR) {
         int num = std::min(MR, key_end - c);
-        int64_t from = std::max(a, block.kb + c - band.hi), to = std::min(b, block.kb + c + num - band.lo);
-        if (from < to)
-          add_product<E>(num, columns.vectors(e), from - base, to - base, weights + c, 1, E::n * LEAD, rows + e * (TILE_Q / E::n),
-                         sums + c * columns.padded + e, columns.padded);
+        Range used = rows_of(c, num);
+        if (used.empty()) continue;
+        multiply_elements<E>(true, num, columns.vectors(e), used.begin, used.end, weights + c, 1, E::n * LEAD, rows + e * (TILE_ROWS / E::n),
+                             sums + c * columns.padded + e, columns.padded);
+        between();
       }
   }
 
   // All queries against one block of keys.
   void block(int64_t number, int64_t kv) const {
-    int64_t kb = number * BLOCK_K, group = p.hq / p.hk, end = std::min(kb + BLOCK_K, p.num_k);
-    int first = BLOCK_K, last = 0;
-    each_tile(number, [&](const BandBlock& x, const Strip*, int) {
-      first = std::min(first, x.left(x.a)), last = std::max(last, x.right(x.b - 1));
+    Range keys = blocks[number], packed{keys.end - keys.begin, 0};
+    each_band(number, [&](const Band& band, const Range& q) {
+      BandTile x{band, q.begin, 0, 1, 1, keys};
+      packed.begin = std::min<int64_t>(packed.begin, x.left(q.begin)), packed.end = std::max<int64_t>(packed.end, x.right(q.end - 1));
     });
-    std::fill(s.dk + 0, s.dk + BLOCK_K * s.in.padded, 0.f);
-    std::fill(s.dv + 0, s.dv + BLOCK_K * s.out.padded, 0.f);
-    if (first < last) {
-      copy_rows<T, E>(p.k, kb + first, kb + last, kv, 1, s.in, s.rows + first * s.in.stride, 0);
+    int64_t count = keys.end - keys.begin, part = parts.of_block(number);
+    std::fill(s.dk + 0, s.dk + count * s.in.padded, 0.f);
+    std::fill(s.dv + 0, s.dv + count * s.out.padded, 0.f);
+    if (!packed.empty()) {
+      int first = (int)packed.begin, last = (int)packed.end;
+      copy_rows<T, E>({p.k, keys.begin + first, kv, 1, 0, last - first}, s.in, s.rows + first * s.in.stride);
       pack_along<E>(s.rows, s.in, first, last, s.k_along);
       pack_across<E>(s.rows, s.in, BLOCK_K, first, last, s.k_across);
-      copy_rows<T, E>(p.v, kb + first, kb + last, kv, 1, s.out, s.rows + first * s.out.stride, 0);
+      copy_rows<T, E>({p.v, keys.begin + first, kv, 1, 0, last - first}, s.out, s.rows + first * s.out.stride);
       pack_along<E>(s.rows, s.out, first, last, s.v_along);
     }
-    each_tile(number, [&](const BandBlock& x, const Strip* strips, int count) {
-      for (int64_t g = 0; g < group; g++) tile(x, strips, count, kv * group + g);
+    each_band(number, [&](const Band& band, const Range& q) {
+      each_tile(band, q.begin, q.end, group(), keys, [&](const BandTile& x) { tile(x, kv, part, packed); });
     });
-    for (int64_t c = kb; c < end; c++) {
-      write(s.dk + (c - kb) * s.in.padded, p.d, in.dk, c * p.hk + kv);
-      write(s.dv + (c - kb) * s.out.padded, p.dv, in.dv, c * p.hk + kv);
+    for (int64_t c = 0; c < count; c++) {
+      write(s.dk + c * s.in.padded, p.d, in.dk, (keys.begin + c) * p.hk + kv, stream_k);
+      write(s.dv + c * s.out.padded, p.dv, in.dv, (keys.begin + c) * p.hk + kv, stream_v);
     }
+    finish_streams();
   }
 
-  void write(const float* from, int64_t columns, void* to, int64_t row) const {
-    if (in.narrow) narrow_row(from, columns, (T*)to + row * columns);
-    else narrow_row(from, columns, (float*)to + row * columns);
+  void write(const float* from, int64_t columns, void* to, int64_t row, bool stream) const {
+    if (in.narrow) write_row(from, 1.f, columns, (T*)to + row * columns, stream);
+    else write_row(from, 1.f, columns, (float*)to + row * columns, stream);
   }
 
-  // act(band cut to tile and block, its strips, their number), where there are any.
+  // act(band, its queries that attend some of the block), where there are any.
   template <class Act>
-  void each_tile(int64_t number, Act&& act) const {
-    int64_t kb = number * BLOCK_K;
+  void each_band(int64_t number, Act&& act) const {
     for (int64_t at = index.first[number]; at < index.first[number + 1]; at++) {
       const Band& band = p.bands[index.list[at]];
-      Range q = queries_of(p, band, number);
-      for (int64_t q0 = q.begin / TILE_Q * TILE_Q; q0 < q.end; q0 += TILE_Q) {
-        BandBlock block{band, std::max(q.begin, q0), std::min(q.end, q0 + TILE_Q), kb};
-        Strip strips[MAX_STRIPS];
-        if (int count = block.strips(strips)) act(block, strips, count);
-      }
+      Range q = queries_of(band, blocks[number]);
+      if (!q.empty()) act(band, q);
     }
   }
 };
@@ -216,20 +242,25 @@ struct Kernel {
 template <class T, class D>
 void run(const Problem& p, const BackwardInput& in) {
   typedef typename std::conditional<std::is_same<T, D>::value, typename ProductOf<T>::type, Single>::type E;
-  TileBands index(p, false, BLOCK_K);
-  Partitions parts(p, in, index);
+  Pieces blocks(p, false, BLOCK_K);
+  PieceBands index(p, false, blocks);
+  Partitions parts(p, in, blocks, index);
   int64_t units = p.hk * parts.count();
   std::vector<std::unique_ptr<Scratch<E>>> scratch(std::min<int64_t>(p.threads, units));
   for (auto& s : scratch) s = std::make_unique<Scratch<E>>(p.d, p.dv);
-  size_t size = in.narrow ? sizeof(T) : 4;
-  if (!in.add_to_dq) prefer_large_pages(in.dq, p.num_q * p.hq * p.d * size);
-  prefer_large_pages(in.dk, p.num_k * p.hk * p.d * size);
-  prefer_large_pages(in.dv, p.num_k * p.hk * p.dv * size);
+  int64_t of_element = in.narrow ? (int64_t)sizeof(T) : 4;
+  auto prepare = [&](void* data, int64_t rows, int64_t columns, bool keep) {
+    int64_t row = columns * of_element, size = rows * row;
+    if (!keep) prefer_large_pages(data, size);
+    return to_stream(data, row, size);
+  };
+  bool stream_q = prepare(in.dq, p.num_q * p.hq, p.d, in.add_to_dq);
+  bool stream_k = prepare(in.dk, p.num_k * p.hk, p.d, false), stream_v = prepare(in.dv, p.num_k * p.hk, p.dv, false);
   parts.clear();
   parallel(units, p.threads, [&](int64_t unit, int worker) {
-    Kernel<T, D, E> kernel{p, in, index, parts, *scratch[worker]};
-    Range blocks = parts.blocks(unit / p.hk);
-    for (int64_t b = blocks.begin; b < blocks.end; b++) kernel.block(b, unit % p.hk);
+    Kernel<T, D, E> kernel{p, in, blocks, index, parts, *scratch[worker], stream_q, stream_k, stream_v};
+    Range own = parts.blocks(unit / p.hk);
+    for (int64_t b = own.begin; b < own.end; b++) kernel.block(b, unit % p.hk);
   });
   parts.add_up<T>();
 }

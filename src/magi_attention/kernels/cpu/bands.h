@@ -1,38 +1,49 @@
-// Which cells of a tile of queries and a block of keys a band attends.
+// Which cells of a tile of rows and a block of keys a band attends, and how the axes are cut into tiles and blocks.
 #pragma once
 #include "attention.h"
 #include "simd.h"
 
-static_assert(TILE_Q % MR == 0 && TILE_Q % 2 == 0 && MR % 2 == 0 && BLOCK_K % NR == 0);
+static_assert(TILE_ROWS % MR == 0 && MR % 2 == 0 && BLOCK_K % NR == 0);
 
-// What a strip of at most MR queries attends of one block of keys: columns [begin, end), counted from the block's beginning.
+// What a strip of at most MR rows attends of one block of keys: columns [begin, end), counted from the block's beginning.
 struct Strip {
-  int64_t row;
-  int rows, begin, end;
+  int row, rows, begin, end;
   int first() const { return begin / VL * VL; }
   int last() const { return (end + VL - 1) / VL * VL; }
 };
 
-// A band cut to queries [a, b) of a tile and keys [kb, kb + BLOCK_K).
-struct BandBlock {
-  const Band& band;
-  int64_t a, b, kb;
-  int left(int64_t r) const { return (int)(std::max({band.k0, r + band.lo, kb}) - kb); }
-  int right(int64_t r) const { return (int)(std::min({band.k1, r + band.hi + 1, kb + BLOCK_K}) - kb); }
+constexpr int MAX_STRIPS = TILE_ROWS / MR;
 
-  // Its strips that attend something, which are neighbours; returns their number. All but the first begin at an even row.
+// A band cut to a tile of rows and a block of keys. Row 0 is the head `skipped` of query `a`.
+struct BandTile {
+  const Band& band;
+  int64_t a;
+  int skipped, rows, group;
+  Range keys;
+
+  int64_t query(int row) const { return a + (unsigned)(skipped + row) / (unsigned)group; }
+  // What a query attends, from the block's beginning.
+  int left(int64_t q) const { return (int)(std::max({band.k0, q + band.lo, keys.begin}) - keys.begin); }
+  int right(int64_t q) const { return (int)(std::min({band.k1, q + band.hi + 1, keys.end}) - keys.begin); }
+
+  // Its strips that attend something, which are neighbours; returns their number.
   int strips(Strip* to) const {
     int count = 0;
-    for (int64_t i = a; i < b;) {
-      int rows = (int)std::min<int64_t>(MR - i % 2, b - i), begin = left(i), end = right(i + rows - 1);
-      if (begin < end) to[count++] = {i, rows, begin, end};
-      i += rows;
+    for (int row = 0; row < rows; row += MR) {
+      int end = std::min(row + MR, rows);
+      Strip strip{row, end - row, left(query(row)), right(query(end - 1))};
+      if (strip.begin < strip.end) to[count++] = strip;
     }
     return count;
   }
 };
 
-constexpr int MAX_STRIPS = TILE_Q / MR + 1;
+// act(BandTile) for the tiles of rows of queries [a, b), in order.
+template <class Act>
+static inline void each_tile(const Band& band, int64_t a, int64_t b, int64_t group, const Range& keys, Act&& act) {
+  for (int64_t row = 0, rows = (b - a) * group; row < rows; row += TILE_ROWS)
+    act(BandTile{band, a + row / group, (int)(row % group), (int)std::min<int64_t>(TILE_ROWS, rows - row), (int)group, keys});
+}
 
 // For each panel of columns in turn, which stays in the first-level cache, the strips that attend some of it: act(column, vectors, strip).
 template <class Act>
@@ -46,22 +57,63 @@ static inline void each_panel(const Strip* strips, int count, Act&& act) {
     }
 }
 
-// The bands that meet each tile of `tile` rows: those of tile t are list[first[t] .. first[t + 1]).
-struct TileBands {
+// An axis of tokens in pieces of at most `most`. They end where bands do, so that documents stay whole, if a piece so gets more than half of that.
+class Pieces {
+ public:
+  Pieces(const Problem& p, bool of_queries, int64_t most) {
+    int64_t length = of_queries ? p.num_q : p.num_k;
+    std::vector<int64_t> ends;
+    for (int64_t b = 0; b < p.num_bands; b++) {
+      const Band& x = p.bands[b];
+      for (int64_t at : {of_queries ? x.q0 : x.k0, of_queries ? x.q1 : x.k1})
+        if (ends.empty() || ends.back() != at) ends.push_back(at);
+    }
+    std::sort(ends.begin(), ends.end());
+    auto next = ends.begin();
+    for (int64_t at = 0; at < length;) {
+      borders.push_back(at);
+      int64_t end = std::min(at + most, length), whole = 0;
+      for (; next != ends.end() && *next <= end; ++next) whole = *next;
+      at = end < length && whole > at + most / 2 ? whole : end;
+    }
+    borders.push_back(length);
+    near.reserve(length / APART + 1);
+    for (int64_t token = 0, piece = 0; token < length; token += APART) {
+      while (borders[piece + 1] <= token) piece++;
+      near.push_back(piece);
+    }
+  }
+
+  int64_t count() const { return (int64_t)borders.size() - 1; }
+  Range operator[](int64_t piece) const { return {borders[piece], borders[piece + 1]}; }
+  // The piece that holds a token.
+  int64_t of(int64_t token) const {
+    int64_t piece = near[token / APART];
+    while (borders[piece + 1] <= token) piece++;
+    return piece;
+  }
+
+ private:
+  static constexpr int64_t APART = 64;
+  std::vector<int64_t> borders, near;  // near: the piece of each token that is a multiple of APART
+};
+
+// The bands that meet each piece: those of piece t are list[first[t] .. first[t + 1]).
+struct PieceBands {
   std::vector<int64_t> first, list;
-  TileBands(const Problem& p, bool by_query, int64_t tile) {
-    int64_t tiles = ceil_div(by_query ? p.num_q : p.num_k, tile);
-    first.assign(tiles + 1, 0);
+  PieceBands(const Problem& p, bool of_queries, const Pieces& pieces) {
+    first.assign(pieces.count() + 1, 0);
     auto each = [&](auto&& act) {
       for (int64_t b = 0; b < p.num_bands; b++) {
         const Band& x = p.bands[b];
-        int64_t begin = by_query ? x.q0 : x.k0, end = by_query ? x.q1 : x.k1;
-        for (int64_t t = begin / tile; t * tile < end; t++) act(t, b);
+        int64_t begin = of_queries ? x.q0 : x.k0, end = of_queries ? x.q1 : x.k1;
+        if (begin >= end) continue;
+        for (int64_t t = pieces.of(begin); t < pieces.count() && pieces[t].begin < end; t++) act(t, b);
       }
     };
     each([&](int64_t t, int64_t) { first[t + 1]++; });
-    for (int64_t t = 0; t < tiles; t++) first[t + 1] += first[t];
-    list.resize(first[tiles]);
+    for (int64_t t = 0; t < pieces.count(); t++) first[t + 1] += first[t];
+    list.resize(first.back());
     std::vector<int64_t> at(first.begin(), first.end() - 1);
     each([&](int64_t t, int64_t b) { list[at[t]++] = b; });
   }

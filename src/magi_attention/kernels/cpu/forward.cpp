@@ -10,21 +10,22 @@
 
 namespace {
 
-constexpr size_t STREAMED = 8 << 20;    // bytes of an output that is written past the caches: it would not stay there anyway
-constexpr int64_t ROWS_WANTED = 480;  // queries x heads of a stretch: they pay for packing, and their outputs stay in the caches
+constexpr int64_t ROWS_WANTED = 480;  // of a stretch: they pay for packing, and their outputs stay in the caches
+constexpr int64_t PIECE_Q = 60;       // queries of a piece of a stretch
 
-// One tile of a stretch against one block of keys, by one band.
-struct Job { int32_t block, tile; int64_t band; };
+// One piece of a stretch against one block of keys, by one band.
+struct Job { int32_t block, piece; int64_t band; };
 
-// What a worker needs for a stretch. Rows of queries are (head of the group, query); logits are in units of log 2.
+// What a worker needs for a stretch. Logits are in units of log 2.
 struct Scratch {
   Buffer rows, keys, values, q, scores, out, top, total, sums, raw_top;  // total: VL partial sums a row, of which sums are made
+  std::vector<char> written;                                             // rows of out that hold something
   std::vector<Job> jobs;
   template <class E>
-  Scratch(const Columns<E>& k, const Columns<E>& v, int64_t group, int64_t queries, int64_t max_jobs)
+  Scratch(const Columns<E>& k, const Columns<E>& v, int64_t rows, int64_t max_jobs)
       : rows(BLOCK_K * std::max(k.stride, v.stride)), keys(BLOCK_K * k.stride), values(BLOCK_K / E::n * v.padded),
-        q(group * TILE_Q * k.stride), scores(TILE_Q * LEAD), out(group * queries * v.padded), top(group * queries),
-        total((group * queries + VL) * VL), sums(group * queries + VL), raw_top(group * queries) {
+        q(TILE_ROWS * k.stride), scores(TILE_ROWS * LEAD), out(rows * v.padded), top(rows), total((rows + VL) * VL), sums(rows + VL),
+        raw_top(rows), written(rows) {
     jobs.reserve(max_jobs);
   }
 };
@@ -37,25 +38,25 @@ struct Kernel {
   typedef typename ProductOf<T>::type E;
   const Problem& p;
   const ForwardOutput& o;
-  const TileBands& index;
-  int64_t tiles_wanted;  // of a stretch
+  const Pieces &pieces, &blocks;  // of queries, of keys
+  const PieceBands& index;
+  const std::vector<int64_t>& stretches;  // stretch i is pieces [i, i + 1) of these
   bool streams;
   Columns<E> k_columns{p.d}, v_columns{p.dv};
 
-  int64_t group() const { return p.hq / p.hk; }
-  int64_t stretches() const { return ceil_div(p.num_q, tiles_wanted * TILE_Q); }
+  int group() const { return (int)(p.hq / p.hk); }
 
   // act(job) for all jobs of a stretch.
   template <class Act>
   void each_job(int64_t stretch, Act&& act) const {
-    int64_t begin = stretch * tiles_wanted, end = std::min(begin + tiles_wanted, ceil_div(p.num_q, TILE_Q));
-    for (int64_t tile = begin; tile < end; tile++)
-      for (int64_t x = index.first[tile]; x < index.first[tile + 1]; x++) {
+    for (int64_t piece = stretches[stretch]; piece < stretches[stretch + 1]; piece++)
+      for (int64_t x = index.first[piece]; x < index.first[piece + 1]; x++) {
         const Band& b = p.bands[index.list[x]];
-        int64_t first = std::max(b.q0, tile * TILE_Q), last = std::min(b.q1, (tile + 1) * TILE_Q);
-        int64_t k_end = std::min(b.k1, last + b.hi);
-        for (int64_t block = std::max(b.k0, first + b.lo) / BLOCK_K; block * BLOCK_K < k_end; block++)
-          act(Job{(int32_t)block, (int32_t)(tile - begin), index.list[x]});
+        int64_t first = std::max(b.q0, pieces[piece].begin), last = std::min(b.q1, pieces[piece].end);
+        int64_t k_begin = std::max(b.k0, first + b.lo), k_end = std::min(b.k1, last + b.hi);
+        if (k_begin >= k_end) continue;
+        for (int64_t block = blocks.of(k_begin); block < blocks.count() && blocks[block].begin < k_end; block++)
+          act(Job{(int32_t)block, (int32_t)piece, index.list[x]});
       }
   }
 
@@ -65,80 +66,108 @@ struct Kernel {
     Scratch& s;
     int64_t q0, q1, kv;
 
-    int64_t row_of_head(int64_t g) const { return g * (q1 - q0); }
-    BandBlock cut(const Job& job) const {
+    int64_t rows() const { return (q1 - q0) * kernel.group(); }
+
+    // The queries of a job.
+    Range queries(const Job& job) const {
       const Band& band = kernel.p.bands[job.band];
-      int64_t begin = q0 + job.tile * TILE_Q;
-      return {band, std::max(band.q0, begin), std::min({band.q1, begin + TILE_Q, q1}), (int64_t)job.block * BLOCK_K};
+      Range piece = kernel.pieces[job.piece];
+      return {std::max(band.q0, piece.begin), std::min(band.q1, piece.end)};
     }
 
     void run(int64_t stretch) const {
       const auto& k = kernel;
-      int64_t rows = k.group() * (q1 - q0);
-      std::fill(s.out + 0, s.out + rows * k.v_columns.padded, 0.f);
-      std::fill(s.top + 0, s.top + rows, -INFINITY);
-      std::fill(s.raw_top + 0, s.raw_top + rows, -INFINITY);
-      std::fill(s.total + 0, s.total + rows * VL, 0.f);
+      std::fill(s.top + 0, s.top + rows(), -INFINITY);
+      std::fill(s.raw_top + 0, s.raw_top + rows(), -INFINITY);
+      std::fill(s.total + 0, s.total + rows() * VL, 0.f);
+      std::fill(s.written.begin(), s.written.end(), 0);
       s.jobs.clear();
       k.each_job(stretch, [&](const Job& job) { s.jobs.push_back(job); });
       std::sort(s.jobs.begin(), s.jobs.end(), [](const Job& x, const Job& y) {
-        return std::tie(x.block, x.tile, x.band) < std::tie(y.block, y.tile, y.band);
+        return std::tie(x.block, x.piece, x.band) < std::tie(y.block, y.piece, y.band);
       });
       for (size_t first = 0, last; first < s.jobs.size(); first = last) {
-        int begin = BLOCK_K, end = 0;
+        Range keys = k.blocks[s.jobs[first].block], packed{keys.end, keys.begin};
         for (last = first; last < s.jobs.size() && s.jobs[last].block == s.jobs[first].block; last++) {
-          BandBlock block = cut(s.jobs[last]);
-          begin = std::min(begin, block.left(block.a)), end = std::max(end, block.right(block.b - 1));
+          const Band& band = k.p.bands[s.jobs[last].band];
+          Range q = queries(s.jobs[last]);
+          packed.begin = std::min(packed.begin, std::max({band.k0, q.begin + band.lo, keys.begin}));
+          packed.end = std::max(packed.end, std::min({band.k1, q.end + band.hi, keys.end}));
         }
-        if (begin >= end) continue;
-        pack(s.jobs[first].block * (int64_t)BLOCK_K, begin, end);
-        for (size_t i = first; i < last; i++) attend(cut(s.jobs[i]));
+        if (packed.empty()) continue;
+        packed.begin -= keys.begin, packed.end -= keys.begin;
+        pack(keys.begin, packed);
+        for (size_t i = first; i < last; i++) {
+          Range q = queries(s.jobs[i]);
+          each_tile(k.p.bands[s.jobs[i].band], q.begin, q.end, k.group(), keys, [&](const BandTile& x) { attend(x, {x.left(q.begin), x.right(q.end - 1)}); });
+        }
       }
-      for (int64_t j = 0; j < rows; j += VL) store(s.sums + j, sums_of(s.total + j * VL));
-      for (int64_t r = q0; r < q1; r++)
-        for (int64_t g = 0; g < k.group(); g++) finish(r, kv * k.group() + g, row_of_head(g) + r - q0);
+      for (int64_t j = 0; j < rows(); j += VL) store(s.sums + j, sums_of(s.total + j * VL));
+      for (int64_t r = q0, j = 0; r < q1; r++)
+        for (int64_t g = 0; g < k.group(); g++, j++) finish(r, kv * k.group() + g, j);
       finish_streams();
     }
 
-    void pack(int64_t kb, int begin, int end) const {
+    // Of the block that begins at key kb, the keys `packed`.
+    void pack(int64_t kb, const Range& packed) const {
       const auto& k = kernel;
+      int begin = (int)packed.begin, end = (int)packed.end;
       auto rows_of = [&](const View& x, const Columns<E>& columns) {
-        copy_rows<T, E>(x, kb + begin, kb + end, kv, 1, columns, s.rows + begin * columns.stride, 0);
+        copy_rows<T, E>({x, kb + begin, kv, 1, 0, end - begin}, columns, s.rows + begin * columns.stride);
         return s.rows + 0;
       };
       pack_along<E>(rows_of(k.p.k, k.k_columns), k.k_columns, begin, end, s.keys);
       pack_across<E>(rows_of(k.p.v, k.v_columns), k.v_columns, BLOCK_K, begin, end, s.values);
     }
 
-    void attend(const BandBlock& block) const {
+    // `keys`: those that the job attends.
+    void attend(const BandTile& x, const Range& keys) const {
       const auto& k = kernel;
       const Columns<E>&in = k.k_columns, &out = k.v_columns;
       Strip strips[MAX_STRIPS];
-      int count = block.strips(strips);
+      int count = x.strips(strips);
       if (!count) return;
-      auto scores = [&](int64_t row) { return s.scores + (row - block.a) * LEAD; };
-      int64_t apart = TILE_Q * in.stride;
-      copy_rows<T, E>(k.p.q, block.a, block.b, kv * k.group(), k.group(), in, s.q, apart);
-      for (int64_t g = 0; g < k.group(); g++) {
-        int64_t to = row_of_head(g) - q0;
-        each_panel(strips, count, [&](int c, int vectors, const Strip& x) {
-          multiply<E, false>(x.rows, vectors, (int)in.words, s.q + g * apart + (x.row - block.a) * in.stride, in.stride, 1,
-                             s.keys + c / NR * NR * in.stride + c % NR, scores(x.row) + c, LEAD);
-        });
-        for (int i = 0; i < count; i++) {
-          const Strip& x = strips[i];
-          // All rows' maxima before the first exponential: a maximum takes long, but not many of the processor's units.
-          for (int64_t r = x.row; r < x.row + x.rows; r++) raise_top(to + r, scores(r), block.left(r), block.right(r));
-          for (int64_t r = x.row; r < x.row + x.rows; r++)
-            soften(to + r, scores(r), x.first(), x.last(), block.left(r), block.right(r));
-        }
-        for (int64_t c = 0; c < out.padded; c += NR)
-          for (int i = 0; i < count; i++) {
-            const Strip& x = strips[i];
-            add_product<E>(x.rows, out.vectors(c), x.begin, x.end, scores(x.row), LEAD, 1, s.values + c * (BLOCK_K / E::n),
-                           s.out + (to + x.row) * out.padded + c, out.padded);
+      int64_t head = kv * k.group(), to = (x.a - q0) * k.group() + x.skipped, after = std::min<int64_t>(TILE_ROWS, rows() - to - x.rows);
+      Rows<T> rows(k.p.q, x.a, head, k.group(), x.skipped, x.rows), later(k.p.q, x.a, head, k.group(), x.skipped, x.rows + after);
+      later.skip(x.rows);
+      copy_rows<T, E>(rows, in, s.q);
+      each_panel(strips, count, [&](int c, int vectors, const Strip& strip) {
+        multiply<E, false>(strip.rows, vectors, (int)in.words, s.q + strip.row * in.stride, in.stride, 1,
+                           s.keys + c / NR * NR * in.stride + c % NR, s.scores + strip.row * LEAD + c, LEAD);
+        fetch(later, 2, in.count);
+      });
+      for (int i = 0; i < count; i++) {
+        const Strip& strip = strips[i];
+        auto each_row = [&](auto&& act) {
+          for (int row = strip.row; row < strip.row + strip.rows; row++) {
+            int64_t q = x.query(row);
+            act(to + row, s.scores + row * LEAD, x.left(q), x.right(q));
           }
+        };
+        // All rows' maxima before the first exponential: a maximum takes long, but not many of the processor's units.
+        each_row([&](int64_t j, float* scores, int r0, int r1) { raise_top(j, scores, r0, r1); });
+        each_row([&](int64_t j, float* scores, int r0, int r1) { soften(j, scores, strip.first(), strip.last(), r0, r1); });
       }
+      bool add[MAX_STRIPS];
+      for (int i = 0; i < count; i++) add[i] = prepare(to + strips[i].row, strips[i].rows);
+      for (int64_t c = 0; c < out.padded; c += NR)
+        for (int i = 0; i < count; i++) {
+          const Strip& strip = strips[i];
+          Range used = whole_words<E>({strip.begin, strip.end}, keys);
+          multiply_elements<E>(add[i], strip.rows, out.vectors(c), used.begin, used.end, s.scores + strip.row * LEAD, LEAD, 1,
+                               s.values + c * (BLOCK_K / E::n), s.out + (to + strip.row) * out.padded + c, out.padded);
+          fetch(later, 2, in.count);
+        }
+    }
+
+    // Whether rows of out are to be added to; those that hold nothing yet then become 0.
+    bool prepare(int64_t j, int rows) const {
+      char* written = s.written.data() + j;
+      int before = (int)std::count(written, written + rows, 1);
+      for (int row = 0; before && row < rows; row++)
+        if (!written[row]) std::fill_n(s.out + (j + row) * kernel.v_columns.padded, kernel.v_columns.padded, 0.f);
+      std::fill_n(written, rows, 1);
+      return before > 0;
     }
 
     // Scores of one row, columns [r0, r1), to logits, in place; the others of the vectors that hold these become -inf.
@@ -196,8 +225,8 @@ struct Kernel {
       const Problem& p = kernel.p;
       const ForwardOutput& o = kernel.o;
       int64_t at = r * p.hq + h;
-      const float* src = s.out + j * kernel.v_columns.padded;
-      float total = s.sums[j];
+      float *src = s.out + j * kernel.v_columns.padded, total = s.sums[j];
+      if (!s.written[j]) std::fill_n(src, p.dv, 0.f);
       bool any = total != 0;
       float lse = any ? (s.top[j] + std::log2(total)) * LN2 : -INFINITY, weight = any ? 1.f / total : 0.f;
       if (o.merge) {
@@ -211,30 +240,15 @@ struct Kernel {
         return;
       }
       o.lse[at] = lse;
-      if (o.out_wide) write(src, weight, o.out_wide + at * p.dv);
-      else write(src, weight, (T*)o.out_narrow + at * p.dv);
-    }
-
-    template <class Out>
-    void write(const float* src, float weight, Out* dst) const {
-      constexpr int64_t in_line = LINE / sizeof(Out);
-      int64_t dv = kernel.p.dv;
-      if (!kernel.streams) {
-        for (int64_t c = 0; c < dv; c++) narrow(src[c] * weight, dst + c);
-        return;
-      }
-      for (int64_t c = 0; c < dv; c += in_line) {
-        Out line[in_line];
-        for (int64_t i = 0; i < in_line; i++) narrow(src[c + i] * weight, line + i);
-        stream_line(dst + c, line);
-      }
+      if (o.out_wide) write_row(src, weight, p.dv, o.out_wide + at * p.dv, kernel.streams);
+      else write_row(src, weight, p.dv, (T*)o.out_narrow + at * p.dv, kernel.streams);
     }
 
     // The largest logit of a head, times log2 e, before the softcap. A NaN among them is in its row's total.
     float top_of(int64_t g) const {
       float top = -INFINITY;
       bool capped = kernel.p.softcap > 0;
-      for (int64_t j = row_of_head(g); j < row_of_head(g + 1); j++) {
+      for (int64_t j = g; j < rows(); j += kernel.group()) {
         float total = s.sums[j];
         top = larger(top, std::isnan(total) ? total : capped ? s.raw_top[j] : s.top[j]);
       }
@@ -243,44 +257,51 @@ struct Kernel {
   };
 };
 
-// Results do not depend on how long stretches are: where there are few for the threads, they are shorter.
-int64_t tiles_of_a_stretch(const Problem& p) {
-  int64_t tiles = std::max<int64_t>(1, ROWS_WANTED / (p.hq / p.hk) / TILE_Q);
-  while (tiles > 1 && ceil_div(p.num_q, tiles * TILE_Q) * p.hk < 8 * p.threads) tiles = (tiles + 1) / 2;
-  return tiles;
+// Where stretches begin and end, in pieces. Results do not depend on how long they are: where there are few for the threads, they are shorter.
+std::vector<int64_t> make_stretches(const Problem& p, const Pieces& pieces) {
+  int64_t queries = std::max<int64_t>(PIECE_Q, ROWS_WANTED / (p.hq / p.hk));
+  while (queries > PIECE_Q && ceil_div(p.num_q, queries) * p.hk < 8 * p.threads) queries = std::max(PIECE_Q, queries / 2);
+  std::vector<int64_t> borders{0};
+  for (int64_t piece = 0, begin = 0; piece < pieces.count(); piece++)
+    if (pieces[piece].end > begin + queries) begin = pieces[piece].begin, borders.push_back(piece);
+  borders.push_back(pieces.count());
+  return borders;
 }
 
 template <class T>
 void run(const Problem& p, const ForwardOutput& o) {
-  TileBands index(p, true, TILE_Q);
+  Pieces pieces(p, true, PIECE_Q), blocks(p, false, BLOCK_K);
+  PieceBands index(p, true, pieces);
+  std::vector<int64_t> stretches = make_stretches(p, pieces);
   void* out = o.out_wide ? o.out_wide : o.out_narrow;
-  size_t row = p.dv * (o.out_wide ? sizeof(float) : sizeof(T)), size = p.num_q * p.hq * row;
-  Kernel<T> kernel{p, o, index, tiles_of_a_stretch(p), row % LINE == 0 && (uintptr_t)out % LINE == 0 && size >= STREAMED};
-  int64_t stretches = kernel.stretches(), count = stretches * p.hk, group = kernel.group();
+  int64_t row = p.dv * (int64_t)(o.out_wide ? sizeof(float) : sizeof(T)), size = p.num_q * p.hq * row;
+  Kernel<T> kernel{p, o, pieces, blocks, index, stretches, to_stream(out, row, size)};
+  int64_t num_stretches = (int64_t)stretches.size() - 1, count = num_stretches * p.hk, group = kernel.group();
 
   // Longest stretches first, the kv heads of one together.
-  std::vector<int64_t> work(stretches, 0), order(stretches);
-  for (int64_t i = 0; i < stretches; i++) {
+  std::vector<int64_t> work(num_stretches, 0), order(num_stretches);
+  int64_t queries = 0;
+  for (int64_t i = 0; i < num_stretches; i++) {
     order[i] = i;
     kernel.each_job(i, [&](const Job&) { work[i]++; });
+    queries = std::max(queries, pieces[stretches[i + 1] - 1].end - pieces[stretches[i]].begin);
   }
   std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return work[x] > work[y]; });
 
   if (!o.merge) prefer_large_pages(out, size);
-  int64_t queries = kernel.tiles_wanted * TILE_Q;
-  std::vector<float> tops(o.max_logits ? stretches * p.hq : 0, -INFINITY);
+  std::vector<float> tops(o.max_logits ? num_stretches * p.hq : 0, -INFINITY);
   std::vector<std::unique_ptr<Scratch>> scratch(std::min<int64_t>(p.threads, count));
-  for (auto& s : scratch) s = std::make_unique<Scratch>(kernel.k_columns, kernel.v_columns, group, queries, work[order[0]]);
+  for (auto& s : scratch) s = std::make_unique<Scratch>(kernel.k_columns, kernel.v_columns, group * queries, work[order[0]]);
   parallel(count, p.threads, [&](int64_t task, int worker) {
-    int64_t i = order[task / p.hk], q0 = i * queries;
-    typename Kernel<T>::Stretch stretch{kernel, *scratch[worker], q0, std::min(q0 + queries, p.num_q), task % p.hk};
+    int64_t i = order[task / p.hk];
+    typename Kernel<T>::Stretch stretch{kernel, *scratch[worker], pieces[stretches[i]].begin, pieces[stretches[i + 1] - 1].end, task % p.hk};
     stretch.run(i);
     if (o.max_logits)
       for (int64_t g = 0; g < group; g++) tops[i * p.hq + stretch.kv * group + g] = stretch.top_of(g) * LN2;
   });
   if (o.max_logits) {
     if (!o.merge) std::fill(o.max_logits, o.max_logits + p.hq, -INFINITY);
-    for (int64_t i = 0; i < stretches * p.hq; i++) o.max_logits[i % p.hq] = larger(o.max_logits[i % p.hq], tops[i]);
+    for (int64_t i = 0; i < num_stretches * p.hq; i++) o.max_logits[i % p.hq] = larger(o.max_logits[i % p.hq], tops[i]);
   }
 }
 

@@ -30,28 +30,62 @@ static inline void prefetch(const void* data, int64_t bytes) {
 
 // One row; its words past its columns are 0.
 template <class T, class E>
-static inline void copy_row(const T* src, const Columns<E>& columns, float* to) {
-  if constexpr (E::n == 1) {
+static inline void copy_row(const T* __restrict src, const Columns<E>& columns, float* __restrict to) {
+  if constexpr (sizeof(T) * E::n == sizeof(float)) {
+    int64_t word = 0;
+    for (int64_t words = columns.count / E::n; word + VL <= words; word += VL) {
+      vf x;  // not the whole row by memcpy: it is short, for a call
+      memcpy(&x, src + word * E::n, sizeof x);
+      store(to + word, x);
+    }
+    if (word == columns.stride) return;
+    vf last{};
+    memcpy(&last, src + word * E::n, (columns.count - word * E::n) * sizeof(T));
+    store(to + word, last);
+  } else {
     for (int64_t c = 0; c < columns.count; c++) to[c] = widen(src[c]);
     std::fill(to + columns.count, to + columns.stride, 0.f);
-  } else {
-    memcpy(to, src, columns.count * sizeof(T));
-    memset((char*)to + columns.count * sizeof(T), 0, columns.stride * 4 - columns.count * sizeof(T));
   }
 }
 
-// Tokens [begin, end) of heads [head, head + heads), which are `apart` words from one another in `to`. Memory is read token by token: rows of
-// one head are too far apart for the processor to fetch them ahead.
+// Rows (token, head) of a tensor, one after the other: from the head `skipped` of a token on, of the `group` heads that begin at `head`.
+template <class T>
+class Rows {
+ public:
+  Rows(const View& x, int64_t token, int64_t head, int group, int skipped, int64_t count)
+      : x(x), head(head), token(token), left(count), group(group), h(skipped) {}
+  bool any() const { return left > 0; }
+  const T* next() {
+    const T* row = row_of<T>(x, token, head + h);
+    if (++h == group) h = 0, token++;
+    left--;
+    return row;
+  }
+  void skip(int64_t rows) {
+    token += (h + rows) / group, h = (int)((h + rows) % group), left -= rows;
+  }
+
+ private:
+  const View& x;
+  int64_t head, token, left;
+  int group, h;
+};
+
+// Rows that will be read by and by, a few at a time, between products that do not wait for memory.
+template <class T>
+static inline void fetch(Rows<T>& rows, int count, int64_t columns) {
+  for (; count > 0 && rows.any(); count--) prefetch(rows.next(), columns * (int64_t)sizeof(T));
+}
+
 template <class T, class E>
-static void copy_rows(const View& x, int64_t begin, int64_t end, int64_t head, int64_t heads, const Columns<E>& columns, float* to,
-                      int64_t apart) {
-  constexpr int64_t ahead = 8;
-  int64_t bytes = columns.count * (int64_t)sizeof(T);
-  for (int64_t t = begin; t < end; t++, to += columns.stride)
-    for (int64_t h = 0; h < heads; h++) {
-      prefetch(row_of<T>(x, std::min(t + ahead, end - 1), head + h), bytes);
-      copy_row<T, E>(row_of<T>(x, t, head + h), columns, to + h * apart);
-    }
+static void copy_rows(Rows<T> rows, const Columns<E>& columns, float* to) {
+  constexpr int apart = 8;
+  Rows<T> later = rows;
+  later.skip(apart);
+  for (; rows.any(); to += columns.stride) {
+    fetch(later, 1, columns.count);
+    copy_row<T, E>(rows.next(), columns, to);
+  }
 }
 
 // Of a block's rows, those of tokens [begin, end) and up to whole vectors.
@@ -85,4 +119,25 @@ static void pack_across(const float* rows, const Columns<E>& columns, int tokens
         if (2 * w + VL < columns.count) store(at(2 * w + VL, t), interleave_halves<true>(even, odd));
       }
     }
+}
+
+constexpr int64_t STREAMED = 8 << 20;  // bytes of a tensor that is written past the caches: it would not stay there anyway
+
+// Whether rows of a tensor, contiguous, are to be written past the caches. `row` and `size` in bytes.
+static inline bool to_stream(const void* data, int64_t row, int64_t size) {
+  return row % LINE == 0 && (uintptr_t)data % LINE == 0 && size >= STREAMED;
+}
+
+template <class T>
+static inline void write_row(const float* __restrict from, float weight, int64_t count, T* __restrict to, bool stream) {
+  constexpr int64_t in_line = LINE / sizeof(T);
+  if (!stream) {
+    for (int64_t c = 0; c < count; c++) narrow(from[c] * weight, to + c);
+    return;
+  }
+  for (int64_t c = 0; c < count; c += in_line) {
+    T line[in_line];
+    for (int64_t i = 0; i < in_line; i++) narrow(from[c + i] * weight, line + i);
+    stream_line(to + c, line);
+  }
 }

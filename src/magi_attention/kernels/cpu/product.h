@@ -3,6 +3,7 @@
 // A word holds `n` neighbours along the axis that is summed over: one float, or two bfloat16 where the processor multiplies those. Words travel
 // as floats, which are only moved.
 #pragma once
+#include "attention.h"
 #include "elements.h"
 #include "simd.h"
 
@@ -96,18 +97,31 @@ static inline void multiply(int rows, int vectors, int K, const float* a, long a
   pick_micro<E, ADD>(rows, vectors, std::make_index_sequence<MR * NV>{})(K, a, a_row, a_col, b, c, c_row);
 }
 
-// C += A B over the elements [begin, end) of the axis that is summed over; `a` and `b` are at its element 0. Of a word that is cut, the
-// elements outside count as 0 in B, whatever they are; in A they must be finite.
+// The elements, and those that share a word with them, where these are allowed.
 template <class E>
-static inline void add_product(int rows, int vectors, int64_t begin, int64_t end, const float* a, long a_row, long a_col, const float* b,
-                               float* c, long c_row) {
+static inline Range whole_words(Range x, const Range& allowed) {
+  if (x.begin % E::n && x.begin > allowed.begin) x.begin--;
+  if (x.end % E::n && x.end < allowed.end) x.end++;
+  return x;
+}
+
+// C = A B, or C += A B where `add`, over the elements [begin, end) of the axis that is summed over, at least one; `a` and `b` are at its element
+// 0. Of a word that is cut, the elements outside count as 0 in B, whatever they are; in A they must be finite.
+template <class E>
+static inline void multiply_elements(bool add, int rows, int vectors, int64_t begin, int64_t end, const float* a, long a_row, long a_col,
+                                     const float* b, float* c, long c_row) {
+  auto words = [&](int64_t first, int64_t last, const float* from) {
+    auto* product = add ? multiply<E, true> : multiply<E, false>;
+    product(rows, vectors, (int)(last - first), a + first * a_col, a_row, a_col, from, c, c_row);
+    add = true;
+  };
   int64_t first = (begin + E::n - 1) / E::n, last = end / E::n;
-  if (first < last) multiply<E, true>(rows, vectors, (int)(last - first), a + first * a_col, a_row, a_col, b + first * NR, c, c_row);
+  if (first < last) words(first, last, b + first * NR);
   if constexpr (E::n == 2) {
     auto half = [&](int64_t word, int32_t mask) {
       float kept[NR];
       for (int j = 0; j < vectors * VL; j += VL) store(kept + j, (vf)((vi)load(b + word * NR + j) & mask));
-      multiply<E, true>(rows, vectors, 1, a + word * a_col, a_row, a_col, kept, c, c_row);
+      words(word, word + 1, kept);
     };
     if (begin % 2) half(begin / 2, (int32_t)0xffff0000);
     if (end % 2) half(end / 2, 0xffff);
