@@ -48,11 +48,11 @@ struct Kernel {
     int r0, r1;  // the columns that it attends
   };
 
-  Row row_of_tile(const BandTile& x, int row, int64_t kv) const {
+  Row row_of_tile(const BandTile& x, const Strips& strips, int row, int64_t kv) const {
     if (row >= x.rows) return {vf{}, vf{}, 0, 0};
     int64_t q = x.query(row), at = x.a * p.hq + kv * group() + x.skipped + row + (q - x.a) * (p.hq - group());
     bool any = in.lse[at] != -INFINITY;
-    return {splat(-in.lse[at] * LOG2E), splat(in.delta[at] * p.scale), any ? x.left(q) : 0, any ? x.right(q) : 0};
+    return {splat(-in.lse[at] * LOG2E), splat(in.delta[at] * p.scale), any ? strips.rows[row].begin : 0, any ? strips.rows[row].end : 0};
   }
 
   struct Gradient { vf prob, dscore; };
@@ -78,10 +78,10 @@ struct Kernel {
   }
 
   // E::n rows of a tile from one on; columns [begin, end), whole vectors.
-  void differentiate_rows(const BandTile& x, int first, int64_t kv, int begin, int end) const {
+  void differentiate_rows(const BandTile& x, const Strips& strips, int first, int64_t kv, int begin, int end) const {
     float *score = s.scores + first * LEAD, *dscore = s.dscores + first * LEAD;
     Row row[E::n];
-    for (int i = 0; i < E::n; i++) row[i] = row_of_tile(x, first + i, kv);
+    for (int i = 0; i < E::n; i++) row[i] = row_of_tile(x, strips, first + i, kv);
     int full_begin = row[0].r0, full_end = row[0].r1;
     for (int i = 1; i < E::n; i++) full_begin = std::max(full_begin, row[i].r0), full_end = std::min(full_end, row[i].r1);
     auto act = [&](int c, auto partial) {
@@ -112,8 +112,8 @@ struct Kernel {
 
   // A tile of rows against the packed keys [packed) of its block.
   void tile(const BandTile& x, int64_t kv, int64_t part, const Range& packed) const {
-    Strip strips[MAX_STRIPS];
-    int count = x.strips(strips), group = x.group;
+    Strips strips(x);
+    int group = x.group;
     int64_t head = kv * group, row = x.a * group + x.skipped;
     Rows<T> q(p.q, x.a, head, group, x.skipped, x.rows);
     Rows<D> dout(in.dout, x.a, head, group, x.skipped, x.rows);
@@ -132,7 +132,7 @@ struct Kernel {
     pack_across<E>(s.q_rows, s.in, TILE_ROWS, 0, x.rows, s.q_across);
     pack_across<E>(s.dout_rows, s.out, TILE_ROWS, 0, x.rows, s.dout_across);
     auto along = [&](const float* rows, const Columns<E>& columns, const float* panels, float* to) {
-      each_panel(strips, count, [&](int c, int vectors, const Strip& strip) {
+      each_panel(strips, [&](int c, int vectors, const Strip& strip) {
         multiply<E, false>(strip.rows, vectors, (int)columns.words, rows + strip.row * columns.stride, columns.stride, 1,
                            panels + c / NR * NR * columns.stride + c % NR, to + strip.row * LEAD + c, LEAD);
         fetch_some();
@@ -140,21 +140,19 @@ struct Kernel {
     };
     along(s.q_rows, s.in, s.k_along, s.scores);
     along(s.dout_rows, s.out, s.v_along, s.dscores);
-    for (int i = 0; i < count; i++)
-      for (int r = strips[i].row; r < strips[i].row + strips[i].rows; r += E::n)
-        differentiate_rows(x, r, kv, strips[i].first(), strips[i].last());
+    for (const Strip& strip : strips)
+      for (int r = strip.row; r < strip.row + strip.rows; r += E::n) differentiate_rows(x, strips, r, kv, strip.first(), strip.last());
     Range keys{std::max(packed.begin, x.band.k0 - x.keys.begin), std::min(packed.end, x.band.k1 - x.keys.begin)};
-    to_queries(x, strips, count, kv, part, keys, fetch_some);
+    to_queries(x, strips, kv, part, keys, fetch_some);
     to_keys(s.probs_across(), s.dout_across, s.out, s.dv, x, fetch_some);
     to_keys(s.dscores_across(), s.q_across, s.in, s.dk, x, fetch_some);
   }
 
   // dq += dS K. Keys that share a word with those that a strip attends may be multiplied by its zeros where they are of `keys`.
   template <class Between>
-  void to_queries(const BandTile& x, const Strip* strips, int count, int64_t kv, int64_t part, const Range& keys, Between&& between) const {
+  void to_queries(const BandTile& x, const Strips& strips, int64_t kv, int64_t part, const Range& keys, Between&& between) const {
     for (int64_t c = 0; c < s.in.padded; c += NR)
-      for (int i = 0; i < count; i++) {
-        const Strip& strip = strips[i];
+      for (const Strip& strip : strips) {
         Range used = whole_words<E>({strip.begin, strip.end}, keys);
         multiply_elements<E>(false, strip.rows, s.in.vectors(c), used.begin, used.end, s.dscores + strip.row * LEAD, LEAD, 1,
                              s.k_across + c * (BLOCK_K / E::n), s.dq + strip.row * s.in.padded + c, s.in.padded);

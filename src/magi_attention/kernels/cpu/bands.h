@@ -5,14 +5,15 @@
 
 static_assert(TILE_ROWS % MR == 0 && MR % 2 == 0 && BLOCK_K % NR == 0);
 
-// What a strip of at most MR rows attends of one block of keys: columns [begin, end), counted from the block's beginning.
+// Columns of a block of keys, counted from its beginning.
+struct Span { int begin, end; };
+
+// What a strip of at most MR rows attends of one block of keys.
 struct Strip {
   int row, rows, begin, end;
   int first() const { return begin / VL * VL; }
   int last() const { return (end + VL - 1) / VL * VL; }
 };
-
-constexpr int MAX_STRIPS = TILE_ROWS / MR;
 
 // A band cut to a tile of rows and a block of keys. Row 0 is the head `skipped` of query `a`.
 struct BandTile {
@@ -26,16 +27,26 @@ struct BandTile {
   int left(int64_t q) const { return (int)(std::max({band.k0, q + band.lo, keys.begin}) - keys.begin); }
   int right(int64_t q) const { return (int)(std::min({band.k1, q + band.hi + 1, keys.end}) - keys.begin); }
 
-  // Its strips that attend something, which are neighbours; returns their number.
-  int strips(Strip* to) const {
-    int count = 0;
-    for (int row = 0; row < rows; row += MR) {
-      int end = std::min(row + MR, rows);
-      Strip strip{row, end - row, left(query(row)), right(query(end - 1))};
-      if (strip.begin < strip.end) to[count++] = strip;
+};
+
+// The strips of a tile that attend something, which are neighbours, and what each of its rows attends.
+struct Strips {
+  int count = 0;
+  Strip at[TILE_ROWS / MR];
+  Span rows[TILE_ROWS];
+
+  explicit Strips(const BandTile& x) {
+    int64_t q = x.a;
+    for (int row = 0, h = x.skipped; row < x.rows; q++, h = 0)
+      for (Span span{x.left(q), x.right(q)}; h < x.group && row < x.rows; h++, row++) rows[row] = span;
+    for (int row = 0; row < x.rows; row += MR) {
+      int end = std::min(row + MR, x.rows);
+      Strip strip{row, end - row, rows[row].begin, rows[end - 1].end};
+      if (strip.begin < strip.end) at[count++] = strip;
     }
-    return count;
   }
+  const Strip* begin() const { return at; }
+  const Strip* end() const { return at + count; }
 };
 
 // act(BandTile) for the tiles of rows of queries [a, b), in order.
@@ -47,13 +58,13 @@ static inline void each_tile(const Band& band, int64_t a, int64_t b, int64_t gro
 
 // For each panel of columns in turn, which stays in the first-level cache, the strips that attend some of it: act(column, vectors, strip).
 template <class Act>
-static inline void each_panel(const Strip* strips, int count, Act&& act) {
+static inline void each_panel(const Strips& strips, Act&& act) {
   int first = BLOCK_K, last = 0;
-  for (int i = 0; i < count; i++) first = std::min(first, strips[i].first()), last = std::max(last, strips[i].last());
+  for (const Strip& x : strips) first = std::min(first, x.first()), last = std::max(last, x.last());
   for (int panel = first / NR * NR; panel < last; panel += NR)
-    for (int i = 0; i < count; i++) {
-      int begin = std::max(panel, strips[i].first()), end = std::min(panel + NR, strips[i].last());
-      if (begin < end) act(begin, (end - begin) / VL, strips[i]);
+    for (const Strip& x : strips) {
+      int begin = std::max(panel, x.first()), end = std::min(panel + NR, x.last());
+      if (begin < end) act(begin, (end - begin) / VL, x);
     }
 }
 

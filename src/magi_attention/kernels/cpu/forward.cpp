@@ -24,7 +24,7 @@ struct Scratch {
   template <class E>
   Scratch(const Columns<E>& k, const Columns<E>& v, int64_t rows, int64_t max_jobs)
       : rows(BLOCK_K * std::max(k.stride, v.stride)), keys(BLOCK_K * k.stride), values(BLOCK_K / E::n * v.padded),
-        q(TILE_ROWS * k.stride), scores(TILE_ROWS * LEAD), out(rows * v.padded), top(rows), total((rows + VL) * VL), sums(rows + VL),
+        q(TILE_ROWS * k.stride), scores(TILE_ROWS * LEAD), out(rows * v.padded), top(rows + VL), total((rows + VL) * VL), sums(rows + VL),
         raw_top(rows), written(rows) {
     jobs.reserve(max_jobs);
   }
@@ -102,9 +102,7 @@ struct Kernel {
           each_tile(k.p.bands[s.jobs[i].band], q.begin, q.end, k.group(), keys, [&](const BandTile& x) { attend(x, {x.left(q.begin), x.right(q.end - 1)}); });
         }
       }
-      for (int64_t j = 0; j < rows(); j += VL) store(s.sums + j, sums_of(s.total + j * VL));
-      for (int64_t r = q0, j = 0; r < q1; r++)
-        for (int64_t g = 0; g < k.group(); g++, j++) finish(r, kv * k.group() + g, j);
+      finish();
       finish_streams();
     }
 
@@ -124,35 +122,23 @@ struct Kernel {
     void attend(const BandTile& x, const Range& keys) const {
       const auto& k = kernel;
       const Columns<E>&in = k.k_columns, &out = k.v_columns;
-      Strip strips[MAX_STRIPS];
-      int count = x.strips(strips);
-      if (!count) return;
+      Strips strips(x);
+      if (!strips.count) return;
       int64_t head = kv * k.group(), to = (x.a - q0) * k.group() + x.skipped, after = std::min<int64_t>(TILE_ROWS, rows() - to - x.rows);
       Rows<T> rows(k.p.q, x.a, head, k.group(), x.skipped, x.rows), later(k.p.q, x.a, head, k.group(), x.skipped, x.rows + after);
       later.skip(x.rows);
       copy_rows<T, E>(rows, in, s.q);
-      each_panel(strips, count, [&](int c, int vectors, const Strip& strip) {
+      each_panel(strips, [&](int c, int vectors, const Strip& strip) {
         multiply<E, false>(strip.rows, vectors, (int)in.words, s.q + strip.row * in.stride, in.stride, 1,
                            s.keys + c / NR * NR * in.stride + c % NR, s.scores + strip.row * LEAD + c, LEAD);
         fetch(later, 2, in.count);
       });
-      for (int i = 0; i < count; i++) {
-        const Strip& strip = strips[i];
-        auto each_row = [&](auto&& act) {
-          for (int row = strip.row; row < strip.row + strip.rows; row++) {
-            int64_t q = x.query(row);
-            act(to + row, s.scores + row * LEAD, x.left(q), x.right(q));
-          }
-        };
-        // All rows' maxima before the first exponential: a maximum takes long, but not many of the processor's units.
-        each_row([&](int64_t j, float* scores, int r0, int r1) { raise_top(j, scores, r0, r1); });
-        each_row([&](int64_t j, float* scores, int r0, int r1) { soften(j, scores, strip.first(), strip.last(), r0, r1); });
-      }
-      bool add[MAX_STRIPS];
-      for (int i = 0; i < count; i++) add[i] = prepare(to + strips[i].row, strips[i].rows);
+      soften(strips, to);
+      bool add[TILE_ROWS / MR];
+      for (int i = 0; i < strips.count; i++) add[i] = prepare(to + strips.at[i].row, strips.at[i].rows);
       for (int64_t c = 0; c < out.padded; c += NR)
-        for (int i = 0; i < count; i++) {
-          const Strip& strip = strips[i];
+        for (int i = 0; i < strips.count; i++) {
+          const Strip& strip = strips.at[i];
           Range used = whole_words<E>({strip.begin, strip.end}, keys);
           multiply_elements<E>(add[i], strip.rows, out.vectors(c), used.begin, used.end, s.scores + strip.row * LEAD, LEAD, 1,
                                s.values + c * (BLOCK_K / E::n), s.out + (to + strip.row) * out.padded + c, out.padded);
@@ -170,68 +156,101 @@ struct Kernel {
       return before > 0;
     }
 
-    // Scores of one row, columns [r0, r1), to logits, in place; the others of the vectors that hold these become -inf.
-    void raise_top(int64_t j, float* row, int r0, int r1) const {
+    // Scores to probabilities, in place, as words, and to sums. Row 0 of the tile is row `to` of the stretch. VL rows at a time: their maxima are
+    // folded together, and are there before the first exponential.
+    void soften(const Strips& strips, int64_t to) const {
       const Problem& p = kernel.p;
-      if (r0 >= r1) return;
-      float factor = p.scale * LOG2E;
-      if (p.softcap > 0) {
-        cap(j, row, r0, r1);
-        factor = LOG2E;
+      bool capped = p.softcap > 0;
+      float factor = capped ? LOG2E : p.scale * LOG2E;
+      const Strip *strip = strips.begin(), &final = strips.end()[-1];
+      for (int row = strip->row, end = final.row + final.rows; row < end; row += VL) {
+        int num = std::min(VL, end - row);
+        vf highest[VL];
+        for (int i = 0; i < VL; i++) {
+          highest[i] = splat(-INFINITY);
+          if (i >= num) continue;
+          Span span = strips.rows[row + i];
+          float* scores = s.scores + (row + i) * LEAD;
+          if (capped && span.begin < span.end) cap(to + row + i, scores, span);
+          each_vector(span.begin, span.end, [&](int c, auto partial) {
+            vf x = load(scores + c) * factor;
+            if (partial) x = inside(c, span.begin, span.end) ? x : splat(-INFINITY);
+            highest[i] = vmax(highest[i], x);
+          });
+        }
+        raise_tops(to + row, num, fold_rows(highest, vmax));
+        for (int i = 0; i < num; i++) {
+          if (row + i == strip->row + strip->rows) strip++;
+          soften_row(to + row + i, s.scores + (row + i) * LEAD, strips.rows[row + i], strip->first(), strip->last(), factor);
+        }
       }
-      vf highest = splat(-INFINITY);
-      each_vector(r0, r1, [&](int c, auto partial) {
-        vf x = load(row + c) * factor;
-        if (partial) x = inside(c, r0, r1) ? x : splat(-INFINITY);
-        store(row + c, x);  // rounded: the largest less itself must be 0
-        highest = vmax(highest, x);
-      });
-      float top = largest(highest), before = s.top[j];
-      if (!(top > before)) return;
-      s.top[j] = top;
-      if (before == -INFINITY) return;
-      float shrink = std::exp2(before - top), *total = s.total + j * VL, *out = s.out + j * kernel.v_columns.padded;
-      store(total, load(total) * shrink);
-      for (int64_t e = 0; e < kernel.v_columns.padded; e += VL) store(out + e, load(out + e) * shrink);
     }
 
-    // Logits of one row to probabilities, in place, as words: columns [r0, r1) of [begin, end); the rest become 0.
-    void soften(int64_t j, float* row, int begin, int end, int r0, int r1) const {
-      if (r0 >= r1) r0 = r1 = end;
+    // Where maxima rise, what was summed up before shrinks.
+    void raise_tops(int64_t j, int num, vf highest) const {
+      vf before = load(s.top + j);
+      store(s.top + j, highest > before ? highest : before);
+      for (int i = 0; i < num; i++) {
+        if (!(highest[i] > before[i]) || before[i] == -INFINITY) continue;
+        float shrink = std::exp2(before[i] - highest[i]), *total = s.total + (j + i) * VL, *out = s.out + (j + i) * kernel.v_columns.padded;
+        store(total, load(total) * shrink);
+        for (int64_t e = 0; e < kernel.v_columns.padded; e += VL) store(out + e, load(out + e) * shrink);
+      }
+    }
+
+    // Scores of one row to probabilities: those of `span`; the rest of [begin, end) becomes 0.
+    void soften_row(int64_t j, float* row, Span span, int begin, int end, float factor) const {
       vf top = splat(s.top[j]), sums = load(s.total + j * VL);
+      if (span.begin >= span.end) span = {end, end};
       int c = begin;
-      for (; c < r0 / VL * VL; c += VL) E::put(row, c, vf{});
-      for (; c < r1; c += VL) {
-        vf e = exp2v(load(row + c) - top);
+      for (; c < span.begin / VL * VL; c += VL) E::put(row, c, vf{});
+      each_vector(span.begin, span.end, [&](int c, auto partial) {
+        vf e = exp2v(load(row + c) * factor - top);  // the product rounded: the largest less itself must be 0
+        if (partial) e = inside(c, span.begin, span.end) ? e : vf{};
         sums += e;
         E::put(row, c, e);
-      }
-      for (; c < end; c += VL) E::put(row, c, vf{});
+      });
+      for (c = (span.end + VL - 1) / VL * VL; c < end; c += VL) E::put(row, c, vf{});
       store(s.total + j * VL, sums);
     }
 
-    void cap(int64_t j, float* row, int r0, int r1) const {
+    void cap(int64_t j, float* row, Span span) const {
       const Problem& p = kernel.p;
       vf raw = splat(-INFINITY);
-      for (int c = r0 / VL * VL; c < r1; c += VL) {
+      for (int c = span.begin / VL * VL; c < span.end; c += VL) {
         vf x = load(row + c) * p.scale;
-        raw = vmax(raw, inside(c, r0, r1) ? x : splat(-INFINITY));
+        raw = vmax(raw, inside(c, span.begin, span.end) ? x : splat(-INFINITY));
         store(row + c, tanhv(x * (1.f / p.softcap)) * p.softcap);
       }
       s.raw_top[j] = std::max(s.raw_top[j], largest(raw) * LOG2E);
     }
 
-    void finish(int64_t r, int64_t h, int64_t j) const {
+    // Results of all rows.
+    void finish() const {
+      const auto& k = kernel;
+      float lse[VL], weights[VL];
+      int64_t q = q0, num = rows();
+      for (int64_t j = 0, g = 0; j < num; j++) {
+        if (j % VL == 0) {
+          vf sums = sums_of(s.total + j * VL);
+          store(s.sums + j, sums);
+          store(lse, sums != 0.f ? (load(s.top + j) + log2v(sums)) * LN2 : splat(-INFINITY));
+          store(weights, sums != 0.f ? 1.f / sums : vf{});
+        }
+        finish_row(q * k.p.hq + kv * k.group() + g, j, lse[j % VL], weights[j % VL]);
+        if (++g == k.group()) g = 0, q++;
+      }
+    }
+
+    // Row `at` of the outputs from row j.
+    void finish_row(int64_t at, int64_t j, float lse, float weight) const {
       const Problem& p = kernel.p;
       const ForwardOutput& o = kernel.o;
-      int64_t at = r * p.hq + h;
-      float *src = s.out + j * kernel.v_columns.padded, total = s.sums[j];
+      float* src = s.out + j * kernel.v_columns.padded;
       if (!s.written[j]) std::fill_n(src, p.dv, 0.f);
-      bool any = total != 0;
-      float lse = any ? (s.top[j] + std::log2(total)) * LN2 : -INFINITY, weight = any ? 1.f / total : 0.f;
       if (o.merge) {
         float *dst = o.out_wide + at * p.dv, before = o.lse[at];
-        if (!any) return;
+        if (lse == -INFINITY) return;
         float merged = std::max(before, lse) + std::log1p(std::exp(-std::abs(before - lse)));
         float keep = std::exp(before - merged);
         weight *= std::exp(lse - merged);

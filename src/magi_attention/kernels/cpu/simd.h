@@ -99,17 +99,22 @@ static inline float largest(vf x) {
   return fold(x, vmax);
 }
 
+// All lanes of each of VL vectors into one: lane i is that of rows[i].
+template <class Join>
+static inline vf fold_rows(vf (&rows)[VL], Join&& join) {
+#pragma GCC unroll 4
+  for (int half = VL / 2; half; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; i++) rows[i] = join(interleave<false>(rows[i], rows[i + half]), interleave<true>(rows[i], rows[i + half]));
+  return rows[0];
+}
+
 // The sum of each of VL vectors, one after the other in memory.
 static inline vf sums_of(const float* x) {
   vf rows[VL];
 #pragma GCC unroll 16
   for (int i = 0; i < VL; i++) rows[i] = load(x + i * VL);
-  transpose(rows);
-#pragma GCC unroll 4
-  for (int half = VL / 2; half; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; i++) rows[i] += rows[i + half];
-  return rows[0];
+  return fold_rows(rows, [](vf a, vf b) { return a + b; });
 }
 
 // A cache line to where it will not be read soon: past the caches, where the instruction set has a word for that. Such writes are seen by other
@@ -153,6 +158,14 @@ static inline vf exp2v(vf x) {
   vf scaled = p * (vf)(biased << 23);  // a product, for NaN to stay NaN
   return x < splat(-126.f) ? vf{} : scaled;
 #endif
+}
+
+// log2 x of a positive normal number; NaN of NaN and infinity. x is 2^whole m, and log2 m a series in (m - 1) / (m + 1).
+static inline vf log2v(vf x) {
+  vi whole = ((vi)x - 0x3f3504f3) >> 23;  // m in [1/sqrt 2, sqrt 2)
+  vf m = (vf)((vi)x - (whole << 23)), s = (m - 1.f) / (m + 1.f), s2 = s * s;
+  vf series = 2.885390082f + s2 * (0.961796694f + s2 * (0.577078016f + s2 * (0.412198583f + s2 * 0.320598898f)));
+  return __builtin_convertvector(whole, vf) + s * series + (x - x);
 }
 
 static inline vf tanhv(vf x) {
