@@ -16,16 +16,18 @@ constexpr int64_t PIECE_Q = 60;       // queries of a piece of a stretch
 // One piece of a stretch against one block of keys, by one band.
 struct Job { int32_t block, piece; int64_t band; };
 
+enum class State : char { EMPTY, SUMS, WRITTEN };
+
 // What a worker needs for a stretch. Logits are in units of log 2.
 struct Scratch {
-  Buffer rows, keys, values, q, scores, out, top, total, sums, raw_top;  // total: VL partial sums a row, of which sums are made
-  std::vector<char> written;                                             // rows of out that hold something
+  Buffer rows, keys, values, q, scores, out, top, total, sums, lse, weights, raw_top;  // total: VL partial sums a row, of which sums are made
+  std::vector<State> states;                                                           // of rows of out
   std::vector<Job> jobs;
   template <class E>
   Scratch(const Columns<E>& k, const Columns<E>& v, int64_t rows, int64_t max_jobs)
       : rows(BLOCK_K * std::max(k.stride, v.stride)), keys(BLOCK_K * k.stride), values(BLOCK_K / E::n * v.padded),
         q(TILE_ROWS * k.stride), scores(TILE_ROWS * LEAD), out(rows * v.padded), top(rows + VL), total((rows + VL) * VL), sums(rows + VL),
-        raw_top(rows), written(rows) {
+        lse(rows + VL), weights(rows + VL), raw_top(rows), states(rows) {
     jobs.reserve(max_jobs);
   }
 };
@@ -60,27 +62,34 @@ struct Kernel {
       }
   }
 
+  // The queries of a job, and of its block the keys that they attend.
+  Range queries_of(const Job& job) const {
+    const Band& band = p.bands[job.band];
+    Range piece = pieces[job.piece];
+    return {std::max(band.q0, piece.begin), std::min(band.q1, piece.end)};
+  }
+  Range keys_of(const Job& job) const {
+    const Band& band = p.bands[job.band];
+    Range q = queries_of(job), keys = blocks[job.block];
+    return {std::max({band.k0, q.begin + band.lo, keys.begin}), std::min({band.k1, q.end + band.hi, keys.end})};
+  }
+
   // A stretch and the heads of one kv head.
   struct Stretch {
     const Kernel& kernel;
     Scratch& s;
     int64_t q0, q1, kv;
+    Rows<T> next_q, next_k, next_v;  // what the next stretch begins with
+    int64_t left = rows();           // rows that are not yet written
 
     int64_t rows() const { return (q1 - q0) * kernel.group(); }
 
-    // The queries of a job.
-    Range queries(const Job& job) const {
-      const Band& band = kernel.p.bands[job.band];
-      Range piece = kernel.pieces[job.piece];
-      return {std::max(band.q0, piece.begin), std::min(band.q1, piece.end)};
-    }
-
-    void run(int64_t stretch) const {
+    void run(int64_t stretch) {
       const auto& k = kernel;
       std::fill(s.top + 0, s.top + rows(), -INFINITY);
       std::fill(s.raw_top + 0, s.raw_top + rows(), -INFINITY);
       std::fill(s.total + 0, s.total + rows() * VL, 0.f);
-      std::fill(s.written.begin(), s.written.end(), 0);
+      std::fill(s.states.begin(), s.states.end(), State::EMPTY);
       s.jobs.clear();
       k.each_job(stretch, [&](const Job& job) { s.jobs.push_back(job); });
       std::sort(s.jobs.begin(), s.jobs.end(), [](const Job& x, const Job& y) {
@@ -89,21 +98,26 @@ struct Kernel {
       for (size_t first = 0, last; first < s.jobs.size(); first = last) {
         Range keys = k.blocks[s.jobs[first].block], packed{keys.end, keys.begin};
         for (last = first; last < s.jobs.size() && s.jobs[last].block == s.jobs[first].block; last++) {
-          const Band& band = k.p.bands[s.jobs[last].band];
-          Range q = queries(s.jobs[last]);
-          packed.begin = std::min(packed.begin, std::max({band.k0, q.begin + band.lo, keys.begin}));
-          packed.end = std::max(packed.end, std::min({band.k1, q.end + band.hi, keys.end}));
+          Range x = k.keys_of(s.jobs[last]);
+          if (!x.empty()) packed = {std::min(packed.begin, x.begin), std::max(packed.end, x.end)};
         }
         if (packed.empty()) continue;
         packed.begin -= keys.begin, packed.end -= keys.begin;
         pack(keys.begin, packed);
         for (size_t i = first; i < last; i++) {
-          Range q = queries(s.jobs[i]);
-          each_tile(k.p.bands[s.jobs[i].band], q.begin, q.end, k.group(), keys, [&](const BandTile& x) { attend(x, {x.left(q.begin), x.right(q.end - 1)}); });
+          Range q = k.queries_of(s.jobs[i]);
+          bool is_last = is_last_of_piece(i);
+          each_tile(k.p.bands[s.jobs[i].band], q.begin, q.end, k.group(), keys,
+                    [&](const BandTile& x) { attend(x, {x.left(q.begin), x.right(q.end - 1)}, is_last); });
         }
       }
       finish();
       finish_streams();
+    }
+
+    bool is_last_of_piece(size_t job) const {
+      auto same = [&](const Job& other) { return other.piece == s.jobs[job].piece; };
+      return std::none_of(s.jobs.begin() + job + 1, s.jobs.end(), same);
     }
 
     // Of the block that begins at key kb, the keys `packed`.
@@ -118,8 +132,9 @@ struct Kernel {
       pack_across<E>(rows_of(k.p.v, k.v_columns), k.v_columns, BLOCK_K, begin, end, s.values);
     }
 
-    // `keys`: those that the job attends.
-    void attend(const BandTile& x, const Range& keys) const {
+    // `keys`: those that the job attends. `is_last`: nothing comes after it for these rows, so that their results are written while others are
+    // computed.
+    void attend(const BandTile& x, const Range& keys, bool is_last) {
       const auto& k = kernel;
       const Columns<E>&in = k.k_columns, &out = k.v_columns;
       Strips strips(x);
@@ -127,13 +142,18 @@ struct Kernel {
       int64_t head = kv * k.group(), to = (x.a - q0) * k.group() + x.skipped, after = std::min<int64_t>(TILE_ROWS, rows() - to - x.rows);
       Rows<T> rows(k.p.q, x.a, head, k.group(), x.skipped, x.rows), later(k.p.q, x.a, head, k.group(), x.skipped, x.rows + after);
       later.skip(x.rows);
+      auto fetch_some = [&] {
+        if (later.any()) fetch(later, 2, in.count);
+        else fetch(next_q, 2, in.count);
+        fetch(next_k, 1, in.count), fetch(next_v, 1, out.count);
+      };
       copy_rows<T, E>(rows, in, s.q);
       each_panel(strips, [&](int c, int vectors, const Strip& strip) {
         multiply<E, false>(strip.rows, vectors, (int)in.words, s.q + strip.row * in.stride, in.stride, 1,
                            s.keys + c / NR * NR * in.stride + c % NR, s.scores + strip.row * LEAD + c, LEAD);
-        fetch(later, 2, in.count);
+        fetch_some();
       });
-      soften(strips, to);
+      soften(strips, to, is_last);
       bool add[TILE_ROWS / MR];
       for (int i = 0; i < strips.count; i++) add[i] = prepare(to + strips.at[i].row, strips.at[i].rows);
       for (int64_t c = 0; c < out.padded; c += NR)
@@ -142,23 +162,28 @@ struct Kernel {
           Range used = whole_words<E>({strip.begin, strip.end}, keys);
           multiply_elements<E>(add[i], strip.rows, out.vectors(c), used.begin, used.end, s.scores + strip.row * LEAD, LEAD, 1,
                                s.values + c * (BLOCK_K / E::n), s.out + (to + strip.row) * out.padded + c, out.padded);
-          fetch(later, 2, in.count);
+          if (is_last && i && c + NR >= out.padded) finish(x, strips.at[i - 1], to);
+          fetch_some();
         }
+      if (is_last) finish(x, strips.at[strips.count - 1], to);
     }
 
     // Whether rows of out are to be added to; those that hold nothing yet then become 0.
     bool prepare(int64_t j, int rows) const {
-      char* written = s.written.data() + j;
-      int before = (int)std::count(written, written + rows, 1);
-      for (int row = 0; before && row < rows; row++)
-        if (!written[row]) std::fill_n(s.out + (j + row) * kernel.v_columns.padded, kernel.v_columns.padded, 0.f);
-      std::fill_n(written, rows, 1);
-      return before > 0;
+      State* states = s.states.data() + j;
+      bool any = std::count(states, states + rows, State::SUMS) > 0;
+      for (int row = 0; row < rows; row++) {
+        if (any && states[row] == State::EMPTY) clear(j + row);
+        states[row] = State::SUMS;
+      }
+      return any;
     }
+
+    void clear(int64_t j) const { std::fill_n(s.out + j * kernel.v_columns.padded, kernel.v_columns.padded, 0.f); }
 
     // Scores to probabilities, in place, as words, and to sums. Row 0 of the tile is row `to` of the stretch. VL rows at a time: their maxima are
     // folded together, and are there before the first exponential.
-    void soften(const Strips& strips, int64_t to) const {
+    void soften(const Strips& strips, int64_t to, bool is_last) const {
       const Problem& p = kernel.p;
       bool capped = p.softcap > 0;
       float factor = capped ? LOG2E : p.scale * LOG2E;
@@ -183,15 +208,18 @@ struct Kernel {
           if (row + i == strip->row + strip->rows) strip++;
           soften_row(to + row + i, s.scores + (row + i) * LEAD, strips.rows[row + i], strip->first(), strip->last(), factor);
         }
+        if (is_last) sum_up(to + row);
       }
     }
 
     // Where maxima rise, what was summed up before shrinks.
     void raise_tops(int64_t j, int num, vf highest) const {
       vf before = load(s.top + j);
+      vi shrinks = (highest > before) & (before > -INFINITY);
       store(s.top + j, highest > before ? highest : before);
+      if (!any(shrinks)) return;
       for (int i = 0; i < num; i++) {
-        if (!(highest[i] > before[i]) || before[i] == -INFINITY) continue;
+        if (!shrinks[i]) continue;
         float shrink = std::exp2(before[i] - highest[i]), *total = s.total + (j + i) * VL, *out = s.out + (j + i) * kernel.v_columns.padded;
         store(total, load(total) * shrink);
         for (int64_t e = 0; e < kernel.v_columns.padded; e += VL) store(out + e, load(out + e) * shrink);
@@ -225,29 +253,47 @@ struct Kernel {
       s.raw_top[j] = std::max(s.raw_top[j], largest(raw) * LOG2E);
     }
 
-    // Results of all rows.
-    void finish() const {
-      const auto& k = kernel;
-      float lse[VL], weights[VL];
-      int64_t q = q0, num = rows();
-      for (int64_t j = 0, g = 0; j < num; j++) {
-        if (j % VL == 0) {
-          vf sums = sums_of(s.total + j * VL);
-          store(s.sums + j, sums);
-          store(lse, sums != 0.f ? (load(s.top + j) + log2v(sums)) * LN2 : splat(-INFINITY));
-          store(weights, sums != 0.f ? 1.f / sums : vf{});
-        }
-        finish_row(q * k.p.hq + kv * k.group() + g, j, lse[j % VL], weights[j % VL]);
-        if (++g == k.group()) g = 0, q++;
-      }
+    // What is left of VL rows from row j on when all is summed up.
+    void sum_up(int64_t j) const {
+      vf sums = sums_of(s.total + j * VL);
+      store(s.sums + j, sums);
+      store(s.lse + j, sums != 0.f ? (load(s.top + j) + log2v(sums)) * LN2 : splat(-INFINITY));
+      store(s.weights + j, sums != 0.f ? 1.f / sums : vf{});
     }
 
-    // Row `at` of the outputs from row j.
-    void finish_row(int64_t at, int64_t j, float lse, float weight) const {
+    // Results of a strip of a tile whose row 0 is row `to` of the stretch.
+    void finish(const BandTile& x, const Strip& strip, int64_t to) {
+      int64_t at = row_at(x.query(strip.row));
+      int g = (x.skipped + strip.row) % x.group;
+      for (int row = strip.row; row < strip.row + strip.rows; row++) {
+        finish_row(to + row, at + g);
+        if (++g == x.group) g = 0, at += kernel.p.hq;
+      }
+      std::fill_n(s.states.data() + to + strip.row, strip.rows, State::WRITTEN);
+      left -= strip.rows;
+    }
+
+    // Results of the rows that are left.
+    void finish() const {
+      int64_t j = 0, done = 0;
+      for (int64_t q = q0; left && q < q1; q++)
+        for (int g = 0; g < kernel.group(); g++, j++) {
+          if (s.states[j] == State::WRITTEN) continue;
+          if (s.states[j] == State::EMPTY) clear(j);
+          for (; done <= j; done += VL)
+            if (done + VL > j) sum_up(done);
+          finish_row(j, row_at(q) + g);
+        }
+    }
+
+    // Row of the outputs of a query and the first head.
+    int64_t row_at(int64_t q) const { return q * kernel.p.hq + kv * kernel.group(); }
+
+    void finish_row(int64_t j, int64_t at) const {
       const Problem& p = kernel.p;
       const ForwardOutput& o = kernel.o;
-      float* src = s.out + j * kernel.v_columns.padded;
-      if (!s.written[j]) std::fill_n(src, p.dv, 0.f);
+      const float* src = s.out + j * kernel.v_columns.padded;
+      float lse = s.lse[j], weight = s.weights[j];
       if (o.merge) {
         float *dst = o.out_wide + at * p.dv, before = o.lse[at];
         if (lse == -INFINITY) return;
@@ -299,10 +345,19 @@ void run(const Problem& p, const ForwardOutput& o) {
 
   // Longest stretches first, the kv heads of one together.
   std::vector<int64_t> work(num_stretches, 0), order(num_stretches);
+  std::vector<Range> first_keys(num_stretches, {0, 0});
   int64_t queries = 0;
   for (int64_t i = 0; i < num_stretches; i++) {
     order[i] = i;
-    kernel.each_job(i, [&](const Job&) { work[i]++; });
+    int64_t first_block = blocks.count();
+    kernel.each_job(i, [&](const Job& job) {
+      work[i]++;
+      if (job.block > first_block) return;
+      Range keys = kernel.keys_of(job);
+      Range& to = first_keys[i];
+      if (job.block < first_block) first_block = job.block, to = keys;
+      else to = {std::min(to.begin, keys.begin), std::max(to.end, keys.end)};
+    });
     queries = std::max(queries, pieces[stretches[i + 1] - 1].end - pieces[stretches[i]].begin);
   }
   std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return work[x] > work[y]; });
@@ -313,7 +368,12 @@ void run(const Problem& p, const ForwardOutput& o) {
   for (auto& s : scratch) s = std::make_unique<Scratch>(kernel.k_columns, kernel.v_columns, group * queries, work[order[0]]);
   parallel(count, p.threads, [&](int64_t task, int worker) {
     int64_t i = order[task / p.hk];
-    typename Kernel<T>::Stretch stretch{kernel, *scratch[worker], pieces[stretches[i]].begin, pieces[stretches[i + 1] - 1].end, task % p.hk};
+    int64_t next = order[std::min(count - 1, task + 1) / p.hk], next_kv = (task + 1) % p.hk, next_q = pieces[stretches[next]].begin;
+    Range next_keys = first_keys[next];
+    typename Kernel<T>::Stretch stretch{kernel, *scratch[worker], pieces[stretches[i]].begin, pieces[stretches[i + 1] - 1].end, task % p.hk,
+                                        {p.q, next_q, next_kv * group, (int)group, 0, std::min<int64_t>(TILE_ROWS, (p.num_q - next_q) * group)},
+                                        {p.k, next_keys.begin, next_kv, 1, 0, next_keys.end - next_keys.begin},
+                                        {p.v, next_keys.begin, next_kv, 1, 0, next_keys.end - next_keys.begin}};
     stretch.run(i);
     if (o.max_logits)
       for (int64_t g = 0; g < group; g++) tops[i * p.hq + stretch.kv * group + g] = stretch.top_of(g) * LN2;

@@ -71,7 +71,7 @@ class Rows {
   int group, h;
 };
 
-// Rows that will be read by and by, a few at a time, between products that do not wait for memory.
+// Rows that will be read by and by, brought nearer a few at a time, between products that do not wait for memory.
 template <class T>
 static inline void fetch(Rows<T>& rows, int count, int64_t columns) {
   for (; count > 0 && rows.any(); count--) prefetch(rows.next(), columns * (int64_t)sizeof(T));

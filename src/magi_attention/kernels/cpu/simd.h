@@ -87,6 +87,16 @@ static inline void transpose(vf (&rows)[VL]) {
   }
 }
 
+static inline bool any(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#else
+  int32_t some = 0;
+  for (int i = 0; i < VL; i++) some |= mask[i];
+  return some;
+#endif
+}
+
 // All lanes into one: each step joins the lower half with the upper.
 template <class Join>
 static inline float fold(vf x, Join&& join) {
