@@ -20,11 +20,11 @@ namespace {
 template <class E>
 struct Scratch {
   Columns<E> in, out;  // columns of q and k, of v and dout
-  Buffer rows, k_along, v_along, k_across, q_rows, dout_rows, q_across, dout_across, scores, dscores, dq, dk, dv;
+  Buffer k_rows, v_rows, k_along, v_along, k_across, q_rows, dout_rows, q_across, dout_across, scores, dscores, dq, dk, dv;
   Scratch(int64_t d, int64_t d_out)
-      : in(d), out(d_out), rows(BLOCK_K * std::max(in.stride, out.stride)), k_along(BLOCK_K * in.stride), v_along(BLOCK_K * out.stride),
-        k_across(BLOCK_K / E::n * in.padded), q_rows(TILE_ROWS * in.stride), dout_rows(TILE_ROWS * out.stride), q_across(TILE_ROWS / E::n * in.padded),
-        dout_across(TILE_ROWS / E::n * out.padded), scores(TILE_ROWS * LEAD), dscores(TILE_ROWS * LEAD), dq(TILE_ROWS * in.padded), dk(BLOCK_K * in.padded),
+      : in(d), out(d_out), k_rows(BLOCK_K * in.stride), v_rows(BLOCK_K * out.stride), k_along(BLOCK_K * in.stride),
+        v_along(BLOCK_K * out.stride), k_across(in.across(BLOCK_K)), q_rows(TILE_ROWS * in.stride), dout_rows(TILE_ROWS * out.stride),
+        q_across(in.across(TILE_ROWS)), dout_across(out.across(TILE_ROWS)), scores(TILE_ROWS * LEAD), dscores(TILE_ROWS * LEAD), dq(TILE_ROWS * in.padded), dk(BLOCK_K * in.padded),
         dv(BLOCK_K * out.padded) {}
   const float* probs_across() const { return scores; }
   const float* dscores_across() const { return E::n == 1 ? dscores : scores + LEAD; }
@@ -111,7 +111,7 @@ struct Kernel {
   }
 
   // A tile of rows against the packed keys [packed) of its block.
-  void tile(const BandTile& x, int64_t kv, int64_t part, const Range& packed) const {
+  void tile(const BandTile& x, int64_t kv, int64_t part, const Across& k, const Range& packed) const {
     Strips strips(x);
     int group = x.group;
     int64_t head = kv * group, row = x.a * group + x.skipped;
@@ -129,12 +129,12 @@ struct Kernel {
       std::fill_n(s.q_rows + x.rows * s.in.stride, s.in.stride, 0.f);
       std::fill_n(s.dout_rows + x.rows * s.out.stride, s.out.stride, 0.f);
     }
-    pack_across<E>(s.q_rows, s.in, TILE_ROWS, 0, x.rows, s.q_across);
-    pack_across<E>(s.dout_rows, s.out, TILE_ROWS, 0, x.rows, s.dout_across);
+    Across q_across = pack_across<E>(s.q_rows, s.in, TILE_ROWS, 0, x.rows, s.q_across);
+    Across dout_across = pack_across<E>(s.dout_rows, s.out, TILE_ROWS, 0, x.rows, s.dout_across);
     auto along = [&](const float* rows, const Columns<E>& columns, const float* panels, float* to) {
       each_panel(strips, [&](int c, int vectors, const Strip& strip) {
-        multiply<E, false>(strip.rows, vectors, (int)columns.words, rows + strip.row * columns.stride, columns.stride, 1,
-                           panels + c / NR * NR * columns.stride + c % NR, to + strip.row * LEAD + c, LEAD);
+        multiply<E, false>(strip.rows, vectors, (int)columns.words, {rows + strip.row * columns.stride, columns.stride, 1},
+                           {panels + c / NR * NR * columns.stride + c % NR, NR}, to + strip.row * LEAD + c, LEAD);
         fetch_some();
       });
     };
@@ -143,19 +143,18 @@ struct Kernel {
     for (const Strip& strip : strips)
       for (int r = strip.row; r < strip.row + strip.rows; r += E::n) differentiate_rows(x, strips, r, kv, strip.first(), strip.last());
     Range keys{std::max(packed.begin, x.band.k0 - x.keys.begin), std::min(packed.end, x.band.k1 - x.keys.begin)};
-    to_queries(x, strips, kv, part, keys, fetch_some);
-    to_keys(s.probs_across(), s.dout_across, s.out, s.dv, x, fetch_some);
-    to_keys(s.dscores_across(), s.q_across, s.in, s.dk, x, fetch_some);
+    to_queries(x, strips, kv, part, k, keys, fetch_some);
+    to_keys(s.probs_across(), dout_across, s.out, s.dv, x, fetch_some);
+    to_keys(s.dscores_across(), q_across, s.in, s.dk, x, fetch_some);
   }
 
   // dq += dS K. Keys that share a word with those that a strip attends may be multiplied by its zeros where they are of `keys`.
   template <class Between>
-  void to_queries(const BandTile& x, const Strips& strips, int64_t kv, int64_t part, const Range& keys, Between&& between) const {
+  void to_queries(const BandTile& x, const Strips& strips, int64_t kv, int64_t part, const Across& k, const Range& keys, Between&& between) const {
     for (int64_t c = 0; c < s.in.padded; c += NR)
       for (const Strip& strip : strips) {
         Range used = whole_words<E>({strip.begin, strip.end}, keys);
-        multiply_elements<E>(false, strip.rows, s.in.vectors(c), used.begin, used.end, s.dscores + strip.row * LEAD, LEAD, 1,
-                             s.k_across + c * (BLOCK_K / E::n), s.dq + strip.row * s.in.padded + c, s.in.padded);
+        multiply_elements<E>(false, strip.rows, s.in.vectors(c), used.begin, used.end, {s.dscores + strip.row * LEAD, LEAD, 1}, k.at(c), s.dq + strip.row * s.in.padded + c, s.in.padded);
         between();
       }
     const float* from = s.dq;
@@ -174,7 +173,7 @@ struct Kernel {
 
   // sums [keys, columns] += weights^T [keys, rows] rows [rows, columns].
   template <class Between>
-  void to_keys(const float* weights, const float* rows, const Columns<E>& columns, float* sums, const BandTile& x, Between&& between) const {
+  void to_keys(const float* weights, const Across& rows, const Columns<E>& columns, float* sums, const BandTile& x, Between&& between) const {
     const Band& band = x.band;
     int key_begin = x.left(x.a), key_end = x.right(x.query(x.rows - 1));
     // The rows whose queries attend one of the keys from c on, before c + num.
@@ -187,8 +186,7 @@ struct Kernel {
         int num = std::min(MR, key_end - c);
         Range used = rows_of(c, num);
         if (used.empty()) continue;
-        multiply_elements<E>(true, num, columns.vectors(e), used.begin, used.end, weights + c, 1, E::n * LEAD, rows + e * (TILE_ROWS / E::n),
-                             sums + c * columns.padded + e, columns.padded);
+        multiply_elements<E>(true, num, columns.vectors(e), used.begin, used.end, {weights + c, 1, E::n * LEAD}, rows.at(e), sums + c * columns.padded + e, columns.padded);
         between();
       }
   }
@@ -203,16 +201,17 @@ struct Kernel {
     int64_t count = keys.end - keys.begin, part = parts.of_block(number);
     std::fill(s.dk + 0, s.dk + count * s.in.padded, 0.f);
     std::fill(s.dv + 0, s.dv + count * s.out.padded, 0.f);
+    Across k{};
     if (!packed.empty()) {
       int first = (int)packed.begin, last = (int)packed.end;
-      copy_rows<T, E>({p.k, keys.begin + first, kv, 1, 0, last - first}, s.in, s.rows + first * s.in.stride);
-      pack_along<E>(s.rows, s.in, first, last, s.k_along);
-      pack_across<E>(s.rows, s.in, BLOCK_K, first, last, s.k_across);
-      copy_rows<T, E>({p.v, keys.begin + first, kv, 1, 0, last - first}, s.out, s.rows + first * s.out.stride);
-      pack_along<E>(s.rows, s.out, first, last, s.v_along);
+      copy_rows<T, E>({p.k, keys.begin + first, kv, 1, 0, last - first}, s.in, s.k_rows + first * s.in.stride);
+      pack_along<E>(s.k_rows, s.in, first, last, s.k_along);
+      k = pack_across<E>(s.k_rows, s.in, BLOCK_K, first, last, s.k_across);
+      copy_rows<T, E>({p.v, keys.begin + first, kv, 1, 0, last - first}, s.out, s.v_rows + first * s.out.stride);
+      pack_along<E>(s.v_rows, s.out, first, last, s.v_along);
     }
     each_band(number, [&](const Band& band, const Range& q) {
-      each_tile(band, q.begin, q.end, group(), keys, [&](const BandTile& x) { tile(x, kv, part, packed); });
+      each_tile(band, q.begin, q.end, group(), keys, [&](const BandTile& x) { tile(x, kv, part, k, packed); });
     });
     for (int64_t c = 0; c < count; c++) {
       write(s.dk + c * s.in.padded, p.d, in.dk, (keys.begin + c) * p.hk + kv, stream_k);

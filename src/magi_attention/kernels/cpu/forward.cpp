@@ -20,12 +20,12 @@ enum class State : char { EMPTY, SUMS, WRITTEN };
 
 // What a worker needs for a stretch. Logits are in units of log 2.
 struct Scratch {
-  Buffer rows, keys, values, q, scores, out, top, total, sums, lse, weights, raw_top;  // total: VL partial sums a row, of which sums are made
+  Buffer k_rows, v_rows, keys, values, q, scores, out, top, total, sums, lse, weights, raw_top;  // total: VL partial sums a row, of which sums are made
   std::vector<State> states;                                                           // of rows of out
   std::vector<Job> jobs;
   template <class E>
   Scratch(const Columns<E>& k, const Columns<E>& v, int64_t rows, int64_t max_jobs)
-      : rows(BLOCK_K * std::max(k.stride, v.stride)), keys(BLOCK_K * k.stride), values(BLOCK_K / E::n * v.padded),
+      : k_rows(BLOCK_K * k.stride), v_rows(BLOCK_K * v.stride), keys(BLOCK_K * k.stride), values(v.across(BLOCK_K)),
         q(TILE_ROWS * k.stride), scores(TILE_ROWS * LEAD), out(rows * v.padded), top(rows + VL), total((rows + VL) * VL), sums(rows + VL),
         lse(rows + VL), weights(rows + VL), raw_top(rows), states(rows) {
     jobs.reserve(max_jobs);
@@ -103,12 +103,12 @@ struct Kernel {
         }
         if (packed.empty()) continue;
         packed.begin -= keys.begin, packed.end -= keys.begin;
-        pack(keys.begin, packed);
+        Across values = pack(keys.begin, packed);
         for (size_t i = first; i < last; i++) {
           Range q = k.queries_of(s.jobs[i]);
           bool is_last = is_last_of_piece(i);
           each_tile(k.p.bands[s.jobs[i].band], q.begin, q.end, k.group(), keys,
-                    [&](const BandTile& x) { attend(x, {x.left(q.begin), x.right(q.end - 1)}, is_last); });
+                    [&](const BandTile& x) { attend(x, {x.left(q.begin), x.right(q.end - 1)}, values, is_last); });
         }
       }
       finish();
@@ -120,21 +120,19 @@ struct Kernel {
       return std::none_of(s.jobs.begin() + job + 1, s.jobs.end(), same);
     }
 
-    // Of the block that begins at key kb, the keys `packed`.
-    void pack(int64_t kb, const Range& packed) const {
+    // Of the block that begins at key kb, the keys `packed`; returns the values.
+    Across pack(int64_t kb, const Range& packed) const {
       const auto& k = kernel;
       int begin = (int)packed.begin, end = (int)packed.end;
-      auto rows_of = [&](const View& x, const Columns<E>& columns) {
-        copy_rows<T, E>({x, kb + begin, kv, 1, 0, end - begin}, columns, s.rows + begin * columns.stride);
-        return s.rows + 0;
-      };
-      pack_along<E>(rows_of(k.p.k, k.k_columns), k.k_columns, begin, end, s.keys);
-      pack_across<E>(rows_of(k.p.v, k.v_columns), k.v_columns, BLOCK_K, begin, end, s.values);
+      copy_rows<T, E>({k.p.k, kb + begin, kv, 1, 0, end - begin}, k.k_columns, s.k_rows + begin * k.k_columns.stride);
+      pack_along<E>(s.k_rows, k.k_columns, begin, end, s.keys);
+      copy_rows<T, E>({k.p.v, kb + begin, kv, 1, 0, end - begin}, k.v_columns, s.v_rows + begin * k.v_columns.stride);
+      return pack_across<E>(s.v_rows, k.v_columns, BLOCK_K, begin, end, s.values);
     }
 
     // `keys`: those that the job attends. `is_last`: nothing comes after it for these rows, so that their results are written while others are
     // computed.
-    void attend(const BandTile& x, const Range& keys, bool is_last) {
+    void attend(const BandTile& x, const Range& keys, const Across& values, bool is_last) {
       const auto& k = kernel;
       const Columns<E>&in = k.k_columns, &out = k.v_columns;
       Strips strips(x);
@@ -149,8 +147,8 @@ struct Kernel {
       };
       copy_rows<T, E>(rows, in, s.q);
       each_panel(strips, [&](int c, int vectors, const Strip& strip) {
-        multiply<E, false>(strip.rows, vectors, (int)in.words, s.q + strip.row * in.stride, in.stride, 1,
-                           s.keys + c / NR * NR * in.stride + c % NR, s.scores + strip.row * LEAD + c, LEAD);
+        multiply<E, false>(strip.rows, vectors, (int)in.words, {s.q + strip.row * in.stride, in.stride, 1},
+                           {s.keys + c / NR * NR * in.stride + c % NR, NR}, s.scores + strip.row * LEAD + c, LEAD);
         fetch_some();
       });
       soften(strips, to, is_last);
@@ -160,8 +158,8 @@ struct Kernel {
         for (int i = 0; i < strips.count; i++) {
           const Strip& strip = strips.at[i];
           Range used = whole_words<E>({strip.begin, strip.end}, keys);
-          multiply_elements<E>(add[i], strip.rows, out.vectors(c), used.begin, used.end, s.scores + strip.row * LEAD, LEAD, 1,
-                               s.values + c * (BLOCK_K / E::n), s.out + (to + strip.row) * out.padded + c, out.padded);
+          multiply_elements<E>(add[i], strip.rows, out.vectors(c), used.begin, used.end, {s.scores + strip.row * LEAD, LEAD, 1}, values.at(c),
+                               s.out + (to + strip.row) * out.padded + c, out.padded);
           if (is_last && i && c + NR >= out.padded) finish(x, strips.at[i - 1], to);
           fetch_some();
         }

@@ -2,7 +2,8 @@
 //
 //   rows     [token][stride]                       natural order, for the left side of a product
 //   along    [token panel][word][NR]               B of a product that sums over columns (Q K^T, dO V^T)
-//   across   [column panel][token word][NR]        B of a product that sums over tokens (P V, dS K, P^T dO, dS^T Q)
+//   across   [column panel][token word][NR]        B of a product that sums over tokens (P V, dS K, P^T dO, dS^T Q); where a word is one
+//                                                  element, rows are that already
 #pragma once
 #include "attention.h"
 #include "product.h"
@@ -13,6 +14,8 @@ struct Columns {
   int64_t count, words, stride, padded;  // columns; words of a row; words between rows, whole vectors; columns in whole panels
   explicit Columns(int64_t columns)
       : count(columns), words(ceil_div(columns, E::n)), stride(ceil_div(words, VL) * VL), padded(ceil_div(columns, NR) * NR) {}
+  // Words of `tokens` rows packed across.
+  int64_t across(int tokens) const { return E::n == 1 ? 0 : tokens / E::n * padded; }
   // Vectors of the panel that begins at column c.
   int vectors(int64_t c) const { return (int)std::min<int64_t>(NV, ceil_div(count - c, VL)); }
 };
@@ -103,22 +106,30 @@ static void pack_along(const float* rows, const Columns<E>& columns, int begin, 
     }
 }
 
-// Of a block of `tokens`, those that hold [begin, end).
+// Rows as B of a product that sums over tokens, by panels of columns.
+struct Across {
+  const float* data;
+  long row, panel;
+  Right at(int64_t column) const { return {data + column / NR * panel, row}; }
+};
+
+// Of the rows of at most `tokens`, those of [begin, end), packed into `to` where that is needed.
 template <class E>
-static void pack_across(const float* rows, const Columns<E>& columns, int tokens, int begin, int end, float* to) {
-  int64_t words = tokens / E::n;
-  auto at = [&](int64_t column, int64_t word) { return to + column / NR * NR * words + word * NR + column % NR; };
-  for (int64_t t = begin / E::n; t < ceil_div(end, E::n); t++)
-    for (int64_t w = 0; w < columns.stride; w += VL) {
-      const float* src = rows + t * E::n * columns.stride + w;
-      if constexpr (E::n == 1) {
-        store(at(w, t), load(src));
-      } else {
+static Across pack_across(const float* rows, const Columns<E>& columns, int tokens, int begin, int end, float* to) {
+  if constexpr (E::n == 1) {
+    return {rows, columns.stride, NR};
+  } else {
+    int64_t words = tokens / E::n;
+    auto at = [&](int64_t column, int64_t word) { return to + column / NR * NR * words + word * NR + column % NR; };
+    for (int64_t t = begin / E::n; t < ceil_div(end, E::n); t++)
+      for (int64_t w = 0; w < columns.stride; w += VL) {
+        const float* src = rows + t * E::n * columns.stride + w;
         vf even = load(src), odd = load(src + columns.stride);
         store(at(2 * w, t), interleave_halves<false>(even, odd));
         if (2 * w + VL < columns.count) store(at(2 * w + VL, t), interleave_halves<true>(even, odd));
       }
-    }
+    return {to, NR, NR * words};
+  }
 }
 
 constexpr int64_t STREAMED = 8 << 20;  // bytes of a tensor that is written past the caches: it would not stay there anyway

@@ -54,9 +54,20 @@ template <class T> struct ProductOf { typedef Single type; };
 template <> struct ProductOf<bf16> { typedef Pairs type; };
 #endif
 
-// A(i, k) is the word a[i * a_row + k * a_col]; B is a packed panel, rows of NR words, of which N vectors are used; C has row stride c_row.
+// A: the word (i, k) is data[i * row + k * column].
+struct Left {
+  const float* data;
+  long row, column;
+};
+// B: words side by side, of which as many are used as C has columns; rows `row` words apart.
+struct Right {
+  const float* data;
+  long row;
+};
+
+// C has M rows of N vectors, c_row apart.
 template <class E, int M, int N, bool ADD>
-static void micro(int K, const float* __restrict a, long a_row, long a_col, const float* __restrict b, float* __restrict c, long c_row) {
+static void micro(int K, const float* __restrict a, long a_row, long a_col, const float* __restrict b, long b_row, float* __restrict c, long c_row) {
   vf acc[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; i++)
@@ -66,7 +77,7 @@ static void micro(int K, const float* __restrict a, long a_row, long a_col, cons
     vf row[N];
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) row[j] = load(b + j * VL);
-    b += NR;
+    b += b_row;
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++) {
       vf x = splat(a[i * a_row]);
@@ -84,7 +95,7 @@ static void micro(int K, const float* __restrict a, long a_row, long a_col, cons
     }
 }
 
-typedef void Micro(int, const float*, long, long, const float*, float*, long);
+typedef void Micro(int, const float*, long, long, const float*, long, float*, long);
 template <class E, bool ADD, size_t... i>
 static Micro* pick_micro(int rows, int vectors, std::index_sequence<i...>) {
   static constexpr Micro* all[] = {micro<E, i / NV + 1, i % NV + 1, ADD>...};
@@ -93,8 +104,8 @@ static Micro* pick_micro(int rows, int vectors, std::index_sequence<i...>) {
 
 // As micro, for 1 to MR rows and 1 to NV vectors.
 template <class E, bool ADD>
-static inline void multiply(int rows, int vectors, int K, const float* a, long a_row, long a_col, const float* b, float* c, long c_row) {
-  pick_micro<E, ADD>(rows, vectors, std::make_index_sequence<MR * NV>{})(K, a, a_row, a_col, b, c, c_row);
+static inline void multiply(int rows, int vectors, int K, const Left& a, const Right& b, float* c, long c_row) {
+  pick_micro<E, ADD>(rows, vectors, std::make_index_sequence<MR * NV>{})(K, a.data, a.row, a.column, b.data, b.row, c, c_row);
 }
 
 // The elements, and those that share a word with them, where these are allowed.
@@ -108,20 +119,20 @@ static inline Range whole_words(Range x, const Range& allowed) {
 // C = A B, or C += A B where `add`, over the elements [begin, end) of the axis that is summed over, at least one; `a` and `b` are at its element
 // 0. Of a word that is cut, the elements outside count as 0 in B, whatever they are; in A they must be finite.
 template <class E>
-static inline void multiply_elements(bool add, int rows, int vectors, int64_t begin, int64_t end, const float* a, long a_row, long a_col,
-                                     const float* b, float* c, long c_row) {
-  auto words = [&](int64_t first, int64_t last, const float* from) {
+static inline void multiply_elements(bool add, int rows, int vectors, int64_t begin, int64_t end, const Left& a, const Right& b, float* c,
+                                     long c_row) {
+  auto words = [&](int64_t first, int64_t last, const Right& from) {
     auto* product = add ? multiply<E, true> : multiply<E, false>;
-    product(rows, vectors, (int)(last - first), a + first * a_col, a_row, a_col, from, c, c_row);
+    product(rows, vectors, (int)(last - first), {a.data + first * a.column, a.row, a.column}, from, c, c_row);
     add = true;
   };
   int64_t first = (begin + E::n - 1) / E::n, last = end / E::n;
-  if (first < last) words(first, last, b + first * NR);
+  if (first < last) words(first, last, {b.data + first * b.row, b.row});
   if constexpr (E::n == 2) {
     auto half = [&](int64_t word, int32_t mask) {
       float kept[NR];
-      for (int j = 0; j < vectors * VL; j += VL) store(kept + j, (vf)((vi)load(b + word * NR + j) & mask));
-      words(word, word + 1, kept);
+      for (int j = 0; j < vectors * VL; j += VL) store(kept + j, (vf)((vi)load(b.data + word * b.row + j) & mask));
+      words(word, word + 1, {kept, NR});
     };
     if (begin % 2) half(begin / 2, (int32_t)0xffff0000);
     if (end % 2) half(end / 2, 0xffff);
