@@ -154,7 +154,8 @@ struct Kernel {
     for (int64_t c = 0; c < s.in.padded; c += NR)
       for (const Strip& strip : strips) {
         Range used = whole_words<E>({strip.begin, strip.end}, keys);
-        multiply_elements<E>(false, strip.rows, s.in.vectors(c), used.begin, used.end, {s.dscores + strip.row * LEAD, LEAD, 1}, k.at(c), s.dq + strip.row * s.in.padded + c, s.in.padded);
+        multiply_elements<E>(false, strip.rows, s.in.vectors(c), used.begin, used.end, {s.dscores + strip.row * LEAD, LEAD, 1}, k.at(c),
+                             s.dq + strip.row * s.in.padded + c, s.in.padded);
         between();
       }
     const float* from = s.dq;
@@ -178,15 +179,18 @@ struct Kernel {
     int key_begin = x.left(x.a), key_end = x.right(x.query(x.rows - 1));
     // The rows whose queries attend one of the keys from c on, before c + num.
     auto rows_of = [&](int c, int num) {
-      int64_t from = (x.keys.begin + c - band.hi - x.a) * x.group - x.skipped, to = (x.keys.begin + c + num - band.lo - x.a) * x.group - x.skipped;
-      return whole_words<E>({std::max<int64_t>(0, from), std::min<int64_t>(x.rows, to)}, {0, x.rows + x.rows % E::n});
+      int64_t key = x.keys.begin + c - x.a;  // queries are counted from the tile's first
+      int64_t first = std::max<int64_t>(0, key - band.hi), last = std::min<int64_t>(x.rows + 1, key + num - band.lo);
+      Range rows{std::max<int64_t>(0, first * x.group - x.skipped), std::min<int64_t>(x.rows, last * x.group - x.skipped)};
+      return whole_words<E>(rows, {0, x.rows + x.rows % E::n});
     };
     for (int64_t e = 0; e < columns.padded; e += NR)
       for (int c = key_begin; c < key_end; c += MR) {
         int num = std::min(MR, key_end - c);
         Range used = rows_of(c, num);
         if (used.empty()) continue;
-        multiply_elements<E>(true, num, columns.vectors(e), used.begin, used.end, {weights + c, 1, E::n * LEAD}, rows.at(e), sums + c * columns.padded + e, columns.padded);
+        multiply_elements<E>(true, num, columns.vectors(e), used.begin, used.end, {weights + c, 1, E::n * LEAD}, rows.at(e),
+                             sums + c * columns.padded + e, columns.padded);
         between();
       }
   }
