@@ -164,9 +164,39 @@ def test_many_short_documents(dtype: torch.dtype) -> None:
     assert_results_as_exact(AttnResult(**fields), oracle, plain)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_heads_q", "num_heads_kv"), [(8, 2), (3, 3), (10, 2), (70, 1)])
+def test_documents_and_groups_of_heads(num_heads_q: int, num_heads_kv: int, dtype: torch.dtype) -> None:
+    """Documents of 1 to 70 tokens under groups of heads of which a tile of 60 rows holds a whole number, or one and a part, or a part."""
+    for family in ("varlen_causal", "prime_lengths", "cross_documents"):
+        case = KernelCase(family, dtype, 150 if num_heads_q > 60 else 400, num_heads_q, num_heads_kv, head_dim=40, head_dim_v=24)
+        (inputs, truth), mask = solve(case), case.slices.kernel_mask()
+        torch.set_num_threads(1)
+        one = run_kernel(cpu, inputs, mask, case.settings)
+        truth.check(one)
+        torch.set_num_threads(5)
+        assert_same_bits(one, run_kernel(cpu, inputs, mask, case.settings), "with 5 threads")
+
+
+@pytest.mark.parametrize("family", ["varlen_causal", "random_cross"])
+def test_what_nobody_writes_is_not_left_as_it_was(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dq that is written once, that is a sum, and that is 0: into memory full of NaN, in both types."""
+    case = KernelCase(family, torch.bfloat16, 700, 4, 2, head_dim=40)
+    (inputs, truth), mask = solve(case), case.slices.kernel_mask()
+    empty = torch.empty
+    monkeypatch.setattr(cpu.torch, "empty", lambda *sizes, **options: empty(*sizes, **options).fill_(math.nan))
+    wide = run_kernel(cpu, inputs, mask, case.settings)
+    truth.check(wide)
+    assert wide.out is not None and wide.lse is not None
+    statistics = row_statistics(wide.out, wide.lse, inputs)
+    arguments = (inputs.dout, inputs.q, inputs.k, inputs.v, *statistics, mask, case.settings)
+    for name, x in zip(("dq", "dk", "dv"), cpu.backward(*arguments, grad_dtype=torch.bfloat16), strict=True):
+        assert torch.equal(x, getattr(wide, name).to(torch.bfloat16)), name
+
+
 @pytest.mark.parametrize("softcap", [0.0, 15.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", ["causal", "random_cross"])
+@pytest.mark.parametrize("family", ["causal", "varlen_causal", "random_cross"])
 def test_three_parts_are_one_call(family: str, dtype: torch.dtype, softcap: float) -> None:
     """The keys in three parts, cut off the block borders: forwards merged, dq added up, over keys of several blocks."""
     case = KernelCase(family, dtype, 700, 4, 2, head_dim=40, head_dim_v=24, softcap=softcap)

@@ -20,6 +20,7 @@ constexpr int NR = VL * NV;  // columns of a packed panel
 
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));  // whose sums may overflow
 typedef float vf_anywhere __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
 static inline vf load(const float* p) { return *(const vf_anywhere*)p; }
@@ -172,8 +173,8 @@ static inline vf exp2v(vf x) {
 
 // log2 x of a positive normal number; NaN of NaN and infinity. x is 2^whole m, and log2 m a series in (m - 1) / (m + 1).
 static inline vf log2v(vf x) {
-  vi whole = ((vi)x - 0x3f3504f3) >> 23;  // m in [1/sqrt 2, sqrt 2)
-  vf m = (vf)((vi)x - (whole << 23)), s = (m - 1.f) / (m + 1.f), s2 = s * s;
+  vi whole = (vi)((vu)x - 0x3f3504f3u) >> 23;  // m in [1/sqrt 2, sqrt 2)
+  vf m = (vf)((vu)x - ((vu)whole << 23)), s = (m - 1.f) / (m + 1.f), s2 = s * s;
   vf series = 2.885390082f + s2 * (0.961796694f + s2 * (0.577078016f + s2 * (0.412198583f + s2 * 0.320598898f)));
   return __builtin_convertvector(whole, vf) + s * series + (x - x);
 }
