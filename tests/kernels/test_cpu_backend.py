@@ -169,7 +169,9 @@ def test_many_short_documents(dtype: torch.dtype) -> None:
 def test_documents_and_groups_of_heads(num_heads_q: int, num_heads_kv: int, dtype: torch.dtype) -> None:
     """Documents of 1 to 70 tokens under groups of heads of which a tile of 60 rows holds a whole number, or one and a part, or a part."""
     for family in ("varlen_causal", "prime_lengths", "cross_documents"):
-        case = KernelCase(family, dtype, 150 if num_heads_q > 60 else 400, num_heads_q, num_heads_kv, head_dim=40, head_dim_v=24)
+        case = KernelCase(
+            family, dtype, 150 if num_heads_q > 60 else 400, num_heads_q, num_heads_kv, head_dim=40, head_dim_v=24
+        )
         (inputs, truth), mask = solve(case), case.slices.kernel_mask()
         torch.set_num_threads(1)
         one = run_kernel(cpu, inputs, mask, case.settings)

@@ -76,12 +76,12 @@ class Rows {
 
 // Rows that will be read by and by, brought nearer a few at a time, between products that do not wait for memory.
 template <class T>
-static inline void fetch(Rows<T>& rows, int count, int64_t columns) {
+static __attribute__((noinline)) void fetch(Rows<T>& rows, int count, int64_t columns) {
   for (; count > 0 && rows.any(); count--) prefetch(rows.next(), columns * (int64_t)sizeof(T));
 }
 
 template <class T, class E>
-static void copy_rows(Rows<T> rows, const Columns<E>& columns, float* to) {
+static __attribute__((noinline)) void copy_rows(Rows<T> rows, const Columns<E>& columns, float* to) {
   constexpr int apart = 8;
   Rows<T> later = rows;
   later.skip(apart);
@@ -139,32 +139,16 @@ static inline bool to_stream(const void* data, int64_t row, int64_t size) {
   return row % LINE == 0 && (uintptr_t)data % LINE == 0 && size >= STREAMED;
 }
 
-// VL numbers, as `narrow`.
-template <class T>
-static inline void narrow_vector(vf x, T* to) {
-  for (int i = 0; i < VL; i++) narrow(x[i], to + i);
-}
-#if defined(NATIVE_BF16)
-static inline void narrow_vector(vf x, bf16* to) {
-  vf size = (vf)((vi)x & 0x7fffffff);
-  if (any((size < 0x1p-126f) & (size != 0.f))) return narrow_vector<bf16>(x, to);  // the processor may take subnormal numbers for 0
-  Pairs::Halves halves = Pairs::round(x);
-  memcpy(to, &halves, sizeof halves);
-}
-#endif
-
 template <class T>
 static inline void write_row(const float* __restrict from, float weight, int64_t count, T* __restrict to, bool stream) {
   constexpr int64_t in_line = LINE / sizeof(T);
-  if (stream) {
-    for (int64_t c = 0; c < count; c += in_line) {
-      T line[in_line];
-      for (int64_t i = 0; i < in_line; i += VL) narrow_vector(load(from + c + i) * weight, line + i);
-      stream_line(to + c, line);
-    }
+  if (!stream) {
+    for (int64_t c = 0; c < count; c++) narrow(from[c] * weight, to + c);
     return;
   }
-  int64_t c = 0;
-  for (; c + VL <= count; c += VL) narrow_vector(load(from + c) * weight, to + c);
-  for (; c < count; c++) narrow(from[c] * weight, to + c);
+  for (int64_t c = 0; c < count; c += in_line) {
+    T line[in_line];
+    for (int64_t i = 0; i < in_line; i++) narrow(from[c + i] * weight, line + i);
+    stream_line(to + c, line);
+  }
 }
