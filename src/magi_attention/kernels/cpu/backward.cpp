@@ -123,6 +123,9 @@ struct Kernel {
     later_q.skip(x.rows), later_dout.skip(x.rows);
     auto fetch_some = [&] { fetch(later_q, 1, p.d), fetch(later_dout, 1, p.dv); };
 
+    each_row(x, [&](int64_t query, int g) {
+      if (!parts.written_once(query)) prefetch<true>(parts.dq_row(part, query, head + g), p.d * (int64_t)sizeof(float));
+    });
     copy_rows<T, E>(q, s.in, s.q_rows);
     copy_rows<D, E>(dout, s.out, s.dout_rows);
     if (x.rows % E::n) {
@@ -159,15 +162,24 @@ struct Kernel {
         between();
       }
     const float* from = s.dq;
-    int64_t q = x.a;
-    for (int row = 0, g = x.skipped; row < x.rows; row++, from += s.in.padded) {
+    each_row(x, [&](int64_t q, int g) {
       int64_t head = kv * x.group + g;
       if (parts.written_once(q)) {
         write(from, p.d, in.dq, q * p.hq + head, stream_q);
       } else {
-        float* dst = parts.dq_row(part, q, head);
-        for (int64_t e = 0; e < p.d; e++) dst[e] += from[e];
+        float* to = parts.dq_row(part, q, head);
+        for (int64_t e = 0; e < p.d; e++) to[e] += from[e];
       }
+      from += s.in.padded;
+    });
+  }
+
+  // act(query, head of the group) for the rows of a tile.
+  template <class Act>
+  static void each_row(const BandTile& x, Act&& act) {
+    int64_t q = x.a;
+    for (int row = 0, g = x.skipped; row < x.rows; row++) {
+      act(q, g);
       if (++g == x.group) g = 0, q++;
     }
   }

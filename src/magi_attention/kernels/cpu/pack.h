@@ -74,10 +74,15 @@ class Rows {
   int group, h;
 };
 
+template <class T>
+static __attribute__((noinline)) void fetch_any(Rows<T>& rows, int count, int64_t columns) {
+  for (; count > 0 && rows.any(); count--) prefetch(rows.next(), columns * (int64_t)sizeof(T));
+}
+
 // Rows that will be read by and by, brought nearer a few at a time, between products that do not wait for memory.
 template <class T>
-static __attribute__((noinline)) void fetch(Rows<T>& rows, int count, int64_t columns) {
-  for (; count > 0 && rows.any(); count--) prefetch(rows.next(), columns * (int64_t)sizeof(T));
+static inline void fetch(Rows<T>& rows, int count, int64_t columns) {
+  if (rows.any()) fetch_any(rows, count, columns);
 }
 
 template <class T, class E>
