@@ -1,8 +1,9 @@
 """The backend for CPUs: a C++ kernel, built by the system's compiler on first use.
 
-Memory beyond inputs and outputs: forward, a few MiB a thread; backward, about as much, dq, dk and dv in float32 where they are
-asked for in another dtype, and buffers for dq that are at most three times its size in float32 (next to none for masks of
-documents or of a window). Same inputs give the same bits, whatever the number of threads, which follows `torch.set_num_threads`.
+Memory beyond inputs and outputs: forward, a few MiB a thread; backward, about as much, a dq in float32 where it is asked for in
+q's dtype and is a sum for some query (not for documents that fit a block of 256 keys), dq, dk and dv in float32 where they are asked
+for in a third dtype, and buffers for dq that are at most three times its size in float32 (next to none for masks of documents or of
+a window). Same inputs give the same bits, whatever the number of threads, which follows `torch.set_num_threads`.
 
 bfloat16 is multiplied as such where the processor does that (AVX-512 and NEON with bfloat16), with sums in float32; elsewhere, like
 float16 everywhere, it is widened to float32.
