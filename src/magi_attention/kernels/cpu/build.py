@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = ("interface.cpp", "forward.cpp", "backward.cpp")
@@ -108,11 +109,18 @@ def _processor() -> str:
 
 def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
     here = Path(__file__).parent
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=library.parent)
-    os.close(handle)
-    command = [compiler, *flags, *(str(here / source) for source in SOURCES), "-o", temporary]
+    with tempfile.TemporaryDirectory(dir=library.parent) as aside, ThreadPoolExecutor(len(SOURCES)) as pool:
+        objects = [f"{aside}/{source}.o" for source in SOURCES]
+        steps = [
+            (compiler, *flags, "-c", str(here / source), "-o", made)
+            for source, made in zip(SOURCES, objects, strict=True)
+        ]
+        list(pool.map(_run, steps))
+        _run((compiler, *flags, *objects, "-o", f"{aside}/{library.name}"))
+        os.replace(f"{aside}/{library.name}", library)
+
+
+def _run(command: tuple[str, ...]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        os.unlink(temporary)
-        raise BuildError(f"{compiler} failed: {result.stderr[-2000:]}")
-    os.replace(temporary, library)
+        raise BuildError(f"{command[0]} failed: {result.stderr[-2000:]}")
