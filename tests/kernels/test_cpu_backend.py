@@ -360,3 +360,14 @@ def test_what_nobody_attends_is_not_read(family: str, dtype: torch.dtype) -> Non
     lse, delta = row_statistics(out, lse, inputs)
     grads = cpu.backward(poisoned.dout, poisoned.q, poisoned.k, poisoned.v, lse, delta, mask, case.settings)
     assert_same_bits(expected, AttnResult(out, lse, max_logits, *grads), "with NaN in what is not attended")
+
+
+@pytest.mark.parametrize("magnitude", [1e2, 1e4, 1e12, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_single_key_gives_its_value(dtype: torch.dtype, magnitude: float) -> None:
+    """The largest logit less itself is 0, however large: a product and a difference must not be fused."""
+    alone = Slices(tuple((i, i + 1, i, i + 1, 0) for i in range(40)), 40, 40)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(40, heads, 16, generator=generator).to(dtype) for heads in (2, 1, 1))
+    out, lse, _ = cpu.forward(q * magnitude, k, v, alone.kernel_mask(), AttnSettings(0.25))
+    assert torch.equal(out, v.float().expand_as(out)) and torch.isfinite(lse).all()

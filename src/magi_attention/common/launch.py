@@ -31,6 +31,7 @@ class Launcher:
     """A kernel under ``triton.jit`` or ``gluon.jit``, whose constants are its last parameters.
 
     It is launched on the device that is named, whichever is the current one.
+    What is compiled once is launched without Triton's hooks before a run, and without regard to debug settings that have changed since.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -48,14 +49,17 @@ class Launcher:
     ) -> None:
         """Launch ``num_programs``. ``options`` of the compiler: ``num_warps``, ``num_stages``."""
         grid = (num_programs, 1, 1)
-        if device.type != "cuda" or torch.version.hip:  # on AMD's GPUs it matters how large a tensor is
+        if device.type != "cuda":  # interpreted
             self.kernel[grid](*map(_in_full, arguments), **constants, **options)
             return
         here = torch.cuda.current_device()
         index = here if device.index is None else device.index
         values = tuple(constants[name] for name in self._constants)
         with nullcontext() if index == here else torch.cuda.device(index):
-            at = (index, *map(likeness, arguments), *values, *options.values())
+            if torch.version.hip:  # on AMD's GPUs it matters how large a tensor is
+                self.kernel[grid](*map(_in_full, arguments), **constants, **options)
+                return
+            at = (index, *map(likeness, arguments), *values, *options.items())
             compiled = self._compiled.get(at)
             if compiled is not None:
                 compiled[grid](*arguments, *values)

@@ -68,7 +68,7 @@ def _device_mask(q_ranges: Tensor, k_ranges: Tensor, types: Tensor | None, num_q
     """The mask of the very tensors of an earlier call, if nothing was written to them since, with the lists that were made of it."""
     others = (k_ranges, types)
     tables = (q_ranges, k_ranges) if types is None else (q_ranges, k_ranges, types)
-    if any(table.is_inference() for table in tables) or _is_capturing(q_ranges.device):
+    if any(table.is_inference() for table in tables) or is_capturing(q_ranges.device):
         # Writes to these are not counted; a graph must make its lists anew whenever it is replayed.
         return _new_mask(q_ranges, k_ranges, types, num_q, num_k)
     key = (num_q, num_k, _stream(q_ranges.device), *(table._version for table in tables))
@@ -94,7 +94,8 @@ def _are(references: tuple[weakref.ref[Tensor] | None, ...], tables: tuple[Tenso
     )
 
 
-def _is_capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is made of what is launched now."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from magi_attention import env
-from magi_attention.functional.masks import kernel_mask
+from magi_attention.functional.masks import is_capturing, kernel_mask
 from magi_attention.functional.sink import apply_sink, sink_gradient
 from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask
 from magi_attention.kernels.precision import accumulation_dtype
@@ -196,6 +196,7 @@ class FlexFlashAttention(torch.autograd.Function):
             output: tuple[Tensor, Tensor, Tensor] = flex_flash_attn(*inputs)
         else:
             ctx.mask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
+            ctx.is_captured = is_capturing(q.device)
             output = _run_forward(q, k, v, ctx.mask, _Options(*options), return_max_logits)
         _save(ctx, inputs, output)
         return output
@@ -203,7 +204,10 @@ class FlexFlashAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-        return _differentiate(ctx, dout, mask=None if is_in_torch_dispatch_mode() else ctx.mask)
+        mask = None if is_in_torch_dispatch_mode() else ctx.mask
+        if mask is not None and ctx.is_captured != is_capturing(ctx.saved_tensors[0].device):
+            mask = None  # lists that a graph makes are there when it is replayed, and not for others
+        return _differentiate(ctx, dout, mask=mask)
 
 
 def as_last_contiguous(x: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ struct Scratch {
   Scratch(int64_t d, int64_t d_out)
       : in(d), out(d_out), k_rows(BLOCK_K * in.stride), v_rows(BLOCK_K * out.stride), k_along(BLOCK_K * in.stride),
         v_along(BLOCK_K * out.stride), k_across(in.across(BLOCK_K)), q_rows(TILE_ROWS * in.stride), dout_rows(TILE_ROWS * out.stride),
-        q_across(in.across(TILE_ROWS)), dout_across(out.across(TILE_ROWS)), scores(TILE_ROWS * LEAD), dscores(TILE_ROWS * LEAD), dq(TILE_ROWS * in.padded), dk(BLOCK_K * in.padded),
-        dv(BLOCK_K * out.padded) {}
+        q_across(in.across(TILE_ROWS)), dout_across(out.across(TILE_ROWS)), scores(TILE_ROWS * LEAD), dscores(TILE_ROWS * LEAD),
+        dq(TILE_ROWS * in.padded), dk(BLOCK_K * in.padded), dv(BLOCK_K * out.padded) {}
   const float* probs_across() const { return scores; }
   const float* dscores_across() const { return E::n == 1 ? dscores : scores + LEAD; }
 };

@@ -26,7 +26,6 @@ struct BandTile {
   // What a query attends, from the block's beginning.
   int left(int64_t q) const { return (int)(std::max({band.k0, q + band.lo, keys.begin}) - keys.begin); }
   int right(int64_t q) const { return (int)(std::min({band.k1, q + band.hi + 1, keys.end}) - keys.begin); }
-
 };
 
 // The strips of a tile that attend something, which are neighbours, and what each of its rows attends.
@@ -68,7 +67,8 @@ static inline void each_panel(const Strips& strips, Act&& act) {
     }
 }
 
-// An axis of tokens in pieces of at most `most`. They end where bands do, so that documents stay whole, if a piece so gets more than half of that.
+// An axis of tokens in pieces of at most `most`. They end where bands do, so that documents stay whole, if a piece so gets more than half of that
+// or what follows then stays whole.
 class Pieces {
  public:
   Pieces(const Problem& p, bool of_queries, int64_t most) {
@@ -85,7 +85,8 @@ class Pieces {
       borders.push_back(at);
       int64_t end = std::min(at + most, length), whole = 0;
       for (; next != ends.end() && *next <= end; ++next) whole = *next;
-      at = end < length && whole > at + most / 2 ? whole : end;
+      bool next_stays_whole = whole > at && next != ends.end() && *next - whole <= most;
+      at = end < length && (whole > at + most / 2 || next_stays_whole) ? whole : end;
     }
     borders.push_back(length);
     near.reserve(length / APART + 1);

@@ -20,7 +20,7 @@ enum class State : char { EMPTY, SUMS, WRITTEN };
 
 // What a worker needs for a stretch. Logits are in units of log 2.
 struct Scratch {
-  Buffer k_rows, v_rows, keys, values, q, scores, out, top, total, sums, lse, weights, raw_top;  // total: VL partial sums a row, of which sums are made
+  Buffer k_rows, v_rows, keys, values, q, scores, out, top, total, sums, lse, weights, raw_top;  // total: VL partial sums a row, for sums
   std::vector<State> states;                                                           // of rows of out
   std::vector<Job> jobs;
   template <class E>
@@ -231,7 +231,7 @@ struct Kernel {
       int c = begin;
       for (; c < span.begin / VL * VL; c += VL) E::put(row, c, vf{});
       each_vector(span.begin, span.end, [&](int c, auto partial) {
-        vf e = exp2v(load(row + c) * factor - top);  // the product rounded: the largest less itself must be 0
+        vf e = exp2v(rounded(load(row + c) * factor) - top);  // as for the maximum: the largest less itself must be 0
         if (partial) e = inside(c, span.begin, span.end) ? e : vf{};
         sums += e;
         E::put(row, c, e);

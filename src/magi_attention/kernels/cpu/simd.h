@@ -30,6 +30,20 @@ static inline vf splat(float x) { return x - vf{}; }  // x - 0 is x, also for -0
 static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 static inline vf vmin(vf a, vf b) { return a < b ? a : b; }
 
+// x, which the compiler would otherwise leave unrounded where a sum is made of a product: it fuses both, unless it cannot see the product.
+static inline vf rounded(vf x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 // For each vector that has columns in [begin, end), in rising order: act(column, whether some of its lanes lie outside).
 template <class Act>
 static inline __attribute__((always_inline)) void each_vector(int begin, int end, Act&& act) {

@@ -38,7 +38,7 @@ def _row_dots_kernel(
     m_rows = o_rows < num_rows
     o_q = o_rows // num_heads
     o_h = o_rows % num_heads
-    o_c = tl.arange(0, COLUMNS)
+    o_c = tl.arange(0, COLUMNS).to(tl.int64)  # a stride times a column may pass 2**31
     m = m_rows[:, None] & (o_c < num_columns)[None, :]
     b_out = tl.load(p_out + (o_q * s_ot + o_h * s_oh)[:, None] + o_c[None, :] * s_oc, mask=m, other=0.0)
     b_dout = tl.load(p_dout + (o_q * s_dt + o_h * s_dh)[:, None] + o_c[None, :] * s_dc, mask=m, other=0.0)
