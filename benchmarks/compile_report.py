@@ -4,8 +4,9 @@
     python benchmarks/compile_report.py --quick                  what stands for all: about a minute
     python benchmarks/compile_report.py --arch sm_90 gfx942 --kernel dkdv --dtype bf16
 
-The exit status is the number of kernels that are not as the table of tiles says: that do not compile, spill more, take more shared
-memory than there is, or leave the matrix units idle.
+The exit status is the number of kernels that are not as they should be: that do not compile, spill more than the table of tiles says, take
+more shared memory than there is, leave the matrix units idle, read registers that nothing has written, or add up less exactly than they
+could.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ fastest call, shares and ratios the median over the rounds. FLOPs: ``4 * area * 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
 import statistics
@@ -26,6 +25,7 @@ from magi_attention.kernels.interface import AttnSettings, KernelMask
 from magi_attention.kernels.registry import load
 from magi_attention.testing.kernel_check import KernelInputs, run_kernel
 from magi_attention.testing.oracle import assert_results_as_exact, attention_oracle, plain_result
+from tables import write_csv
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ERROR_TOKENS = 1024
@@ -126,11 +126,7 @@ def main(args: argparse.Namespace) -> int:
     for dtype in args.dtypes:
         _print_short_documents(dtype, 0 if args.quick else 10_000 if args.documents is None else args.documents)
     if args.csv is not None:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, FIELDS, rows)
     return sum(not one["within_rule"] for one in errors.values())
 
 

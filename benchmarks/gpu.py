@@ -9,7 +9,6 @@ backward is all that one needs: the row sums of ``out * dout`` too.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import itertools
 import time
@@ -32,8 +31,14 @@ from magi_attention.mask.bands import tighten
 from magi_attention.testing.kernel_check import KernelCase, check_kernel, make_inputs
 from magi_attention.testing.mask_families import MASK_FAMILIES
 from magi_attention.testing.poison import poisoned_memory
+from tables import write_csv
 
 NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM = 64, 8, 128
+FIELDS = (
+    *("tokens", "head_dim", "mask", "method"),
+    *(f"{way}_{what}" for way in ("forward", "backward") for what in ("tflops", "ms")),
+    "error",
+)
 # Documents of a sequence, as shares of its length.
 SHARES = (0.25, 0.03125, 0.1875, 0.0625, 0.125, 0.21875, 0.015625, 0.109375)
 
@@ -323,7 +328,7 @@ def sweep_tiles(total: int, budget: float = 180.0) -> None:
     settings = AttnSettings(softmax_scale=HEAD_DIM**-0.5)
     backend, kernel_mask = load("triton"), KernelMask(causal.bands, total, total)
     out, lse, _ = backend.forward(x.q, x.k, x.v, kernel_mask, settings, out_dtype=x.q.dtype)
-    delta = (out.float() * x.dout.float()).sum(dim=-1)
+    delta = row_dots(out, x.dout)
     flops = 4 * causal.area * NUM_HEADS_Q * HEAD_DIM
     for kernel, grid in options.items():
         found = []
@@ -387,26 +392,6 @@ def plot(rows: list[dict[str, object]], picture: Path) -> None:
     figure.savefig(picture, dpi=120)
 
 
-def write_csv(rows: list[dict[str, object]], path: Path) -> None:
-    """One line a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fields = [
-        "tokens",
-        "head_dim",
-        "mask",
-        "method",
-        "forward_tflops",
-        "forward_ms",
-        "backward_tflops",
-        "backward_ms",
-        "error",
-    ]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `main` reads."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
@@ -432,7 +417,7 @@ def main(args: argparse.Namespace) -> int:
     for row in measure(args):
         rows.append(row)
         if args.csv is not None:  # after each, for what is measured to outlast what comes after
-            write_csv(rows, args.csv)
+            write_csv(args.csv, FIELDS, rows)
     if args.csv is not None:
         plot(rows, args.csv.with_suffix(".png"))
     return failures

@@ -12,7 +12,6 @@ Medians. ``--csv`` writes all rows of the tables asked for.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -35,6 +34,7 @@ from magi_attention.kernels.registry import pick
 from magi_attention.kernels.row_dots import row_dots
 from magi_attention.mask.bands import bands_from_slices
 from magi_attention.runtime.key import DistAttnRuntimeKey
+from tables import write_csv
 
 NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM = 32, 8, 128
 Row = dict[str, object]
@@ -222,10 +222,7 @@ def main() -> None:
             print("  ".join(f"{key} {cell}" for key, cell in zip(row, cells, strict=True)), flush=True)
     if args.csv is not None:
         fields = list(dict.fromkeys(key for row in made for key in row))
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fields)
-            writer.writeheader()
-            writer.writerows(made)
+        write_csv(args.csv, fields, made)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ the device has enough to do; ranks begin each row together, and numbers are medi
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from magi_attention.common.enum import AttnOverlapMode
 from magi_attention.config import DistAttnConfig, OverlapConfig
 from magi_attention.kernels.interface import AttnSettings, KernelMask
 from magi_attention.kernels.registry import pick
+from magi_attention.kernels.row_dots import row_dots
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import shift, split_q
 from magi_attention.runtime.cache import get_session
@@ -40,6 +40,7 @@ from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.transport import cast_keys, reduce_gradients
 from magi_attention.testing.dist import run_ranks
 from plan import document_lengths
+from tables import write_csv
 
 NUM_REPEATS, NUM_IN_A_ROW = 7, 6
 
@@ -170,7 +171,7 @@ class Measured:
         q, k, v, dout = local
         part, wide = session.rank_plan, torch.float32
         out, meta = calc_attn(q, k, v, key)
-        delta = (out.float() * dout.float()).sum(-1)
+        delta = row_dots(out, dout)
         arrived = [cast_keys((k, v), stage, self.group, "k/v").wait() for stage in part.stages]
         given = [cast_keys((k, v), stage, self.group, "k/v").wait() for stage in part.backward_stages]
 
@@ -300,11 +301,7 @@ def main() -> None:
     rows = run_ranks(measure, num_ranks, setting, args.masks, timeout=1800)[0]
     show(rows, num_ranks)
     if args.csv is not None:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(asdict(rows[0])))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write_csv(args.csv, list(asdict(rows[0])), map(asdict, rows))
 
 
 if __name__ == "__main__":

@@ -49,22 +49,26 @@ class Launcher:
     ) -> None:
         """Launch ``num_programs``. ``options`` of the compiler: ``num_warps``, ``num_stages``."""
         grid = (num_programs, 1, 1)
+
+        def by_triton() -> Any:
+            return self.kernel[grid](*map(_in_full, arguments), **constants, **options)
+
         if device.type != "cuda":  # interpreted
-            self.kernel[grid](*map(_in_full, arguments), **constants, **options)
+            by_triton()
             return
         here = torch.cuda.current_device()
         index = here if device.index is None else device.index
         values = tuple(constants[name] for name in self._constants)
         with nullcontext() if index == here else torch.cuda.device(index):
             if torch.version.hip:  # on AMD's GPUs it matters how large a tensor is
-                self.kernel[grid](*map(_in_full, arguments), **constants, **options)
+                by_triton()
                 return
             at = (index, *map(likeness, arguments), *values, *options.items())
             compiled = self._compiled.get(at)
             if compiled is not None:
                 compiled[grid](*arguments, *values)
                 return
-            self._compiled[at] = self.kernel[grid](*map(_in_full, arguments), **constants, **options)
+            self._compiled[at] = by_triton()
 
 
 def likeness(x: Any) -> Hashable:

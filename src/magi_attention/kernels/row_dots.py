@@ -25,8 +25,9 @@ def row_dots(out: Tensor, dout: Tensor) -> Tensor:
     dots = torch.empty(out.shape[:2], dtype=wide, device=out.device)
     length = len(out)
     if out.device.type == "cpu":
-        length = max(1, _CPU_BLOCK * torch.get_num_threads() // max(1, out.shape[1] * out.shape[2]))
-    for start in range(0, len(out), max(1, length)):
+        length = _CPU_BLOCK * torch.get_num_threads() // max(1, out.shape[1] * out.shape[2])
+    length = max(1, length)
+    for start in range(0, len(out), length):
         block = slice(start, start + length)
         torch.sum(out[block].to(wide) * dout[block].to(wide), dim=-1, out=dots[block])
     return dots

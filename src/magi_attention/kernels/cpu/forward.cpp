@@ -21,7 +21,7 @@ enum class State : char { EMPTY, SUMS, WRITTEN };
 // What a worker needs for a stretch. Logits are in units of log 2.
 struct Scratch {
   Buffer k_rows, v_rows, keys, values, q, scores, out, top, total, sums, lse, weights, raw_top;  // total: VL partial sums a row, for sums
-  std::vector<State> states;                                                           // of rows of out
+  std::vector<State> states;  // of rows of out
   std::vector<Job> jobs;
   template <class E>
   Scratch(const Columns<E>& k, const Columns<E>& v, int64_t rows, int64_t max_jobs)
