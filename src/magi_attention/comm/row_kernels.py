@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from magi_attention.common.launch import Launcher
+from magi_attention.common.merge_lse import merge_lse
 
 # Elements that a program moves, or sums, at a time.
 _BLOCK = 1024
@@ -134,14 +135,8 @@ def _merge_kernel(
         place = tl.load(p_places + at)
         b_part = tl.load(p_arrived_out + place * s_arrived_out + o_cells, mask=m_cells)
         b_part_lse = tl.load(p_arrived_lse + place * s_arrived_lse + o_heads, mask=m_heads, other=0.0)
-        b_top = tl.maximum(b_lse, b_part_lse)
-        b_base = tl.where(b_top == float("-inf"), 0.0, b_top)
-        b_keep = tl.exp(b_lse - b_base)
-        b_add = tl.exp(b_part_lse - b_base)
-        b_total = b_keep + b_add
-        b_some = tl.where(b_total > 0, b_total, 1.0)
-        b_out = b_out * (b_keep / b_some)[:, None] + b_part.to(b_out.dtype) * (b_add / b_some)[:, None]
-        b_lse = tl.where(b_total > 0, b_base + tl.log(b_some), b_top)
+        b_lse, b_keep, b_add = merge_lse(b_lse, b_part_lse)
+        b_out = b_out * b_keep[:, None] + b_part.to(b_out.dtype) * b_add[:, None]
     tl.store(p_out + row * s_out + o_cells, b_out, mask=m_cells)
     tl.store(p_lse + row * s_lse + o_heads, b_lse, mask=m_heads)
 

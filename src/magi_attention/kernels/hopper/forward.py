@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from magi_attention.common.merge_lse import merge_lse
 from magi_attention.kernels.hopper.steps import load_segment, locate, mask_scores, pick_item
 
 
@@ -163,16 +164,8 @@ def _finish(
     keep = weight
     at = row.to(gl.int64) * num_heads + head
     if MERGE:
-        old = gl.load(p_lse + at, mask=m_rows, other=float("-inf"))
-        big = gl.maximum(old, lse)
-        base = gl.where(big == float("-inf"), 0.0, big)
-        keep = gl.exp2((old - base) * 1.4426950408889634)
-        add = gl.exp2((lse - base) * 1.4426950408889634)
-        both = keep + add
-        some = gl.where(both > 0, both, 1.0)
-        lse = gl.where(both > 0, base + gl.log2(some) * 0.6931471805599453, float("-inf"))
-        keep = keep / some
-        weight = weight * add / some
+        lse, keep, add = merge_lse(gl.load(p_lse + at, mask=m_rows, other=float("-inf")), lse)
+        weight = weight * add
     gl.store(p_lse + at, lse, mask=m_rows)
     if RAW:
         best = gl.max(gl.where(m_rows, top, float("-inf")), 0)

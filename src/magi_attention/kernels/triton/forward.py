@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from magi_attention.common.merge_lse import merge_lse
 from magi_attention.kernels.triton.steps import add_product, attended, load_rows, tanh
 
 
@@ -85,16 +86,8 @@ def forward_kernel(
     m_out = m_rows[:, None] & (o_columns < DV)[None, :]
     if MERGE:
         b_old = tl.load(p_lse + row, mask=m_rows, other=float("-inf"))
-        b_big = tl.maximum(b_old, b_lse)
-        b_base = tl.where(b_big == float("-inf"), 0.0, b_big)
-        b_keep = tl.exp(b_old - b_base)
-        b_add = tl.exp(b_lse - b_base)
-        b_sum = b_keep + b_add
-        b_some = tl.where(b_sum > 0, b_sum, 1.0)
-        b_lse = tl.where(b_sum > 0, b_base + tl.log(b_some), float("-inf"))
-        b_norm = tl.where(b_sum > 0, 1.0 / b_some, 0.0)
-        b_weight = b_weight * b_add * b_norm
-        b_out = tl.load(p_rows, mask=m_out, other=0.0) * (b_keep * b_norm)[:, None] + b_acc * b_weight[:, None]
+        b_lse, b_keep, b_add = merge_lse(b_old, b_lse)
+        b_out = tl.load(p_rows, mask=m_out, other=0.0) * b_keep[:, None] + b_acc * (b_weight * b_add)[:, None]
     else:
         b_out = b_acc * b_weight[:, None]
     tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_out)
