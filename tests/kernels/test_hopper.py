@@ -20,6 +20,7 @@ pytest.importorskip("triton.experimental.gluon")
 from magi_attention.kernels import hopper
 from magi_attention.kernels.hopper.descriptors import why_not
 from magi_attention.kernels.hopper.segments import SegmentList, build_segments
+from magi_attention.kernels.hopper.walks import choose_walk
 from magi_attention.kernels.interface import AttnSettings, KernelMask, Partial
 from magi_attention.kernels.registry import pick
 from magi_attention.kernels.triton.work_lists import transpose
@@ -76,11 +77,28 @@ def test_segments_visit_what_is_attended(family: str, num_tokens: int, sizes: tu
     slices, (tile, block) = MASK_FAMILIES[family](num_tokens), sizes
     mask, dense = slices.kernel_mask(), slices.dense().numpy().astype(np.int64)
     bands, lengths = (transpose(mask.bands), (mask.num_k, mask.num_q)) if by_key else (mask.bands, dense.shape)
-    for strictly in (True, False):
-        work = build_segments(bands, lengths[0], tile, block, strictly=strictly)
-        assert np.array_equal(cells(work, *lengths, tile, block, 4 if by_key else 1), dense.T if by_key else dense)
-        assert sorted(work.order.tolist()) == list(range(work.num_tiles))
-        assert (work.rows[1:] > work.rows[:-1]).all(), "kernels want a segment in every tile"
+    work = build_segments(bands, lengths[0], tile, block)
+    assert np.array_equal(cells(work, *lengths, tile, block, 4 if by_key else 1), dense.T if by_key else dense)
+    assert sorted(work.order.tolist()) == list(range(work.num_tiles))
+    assert (work.rows[1:] > work.rows[:-1]).all(), "kernels want a segment in every tile"
+
+
+@pytest.mark.parametrize(
+    ("rows", "in_step"),
+    [
+        ([[0, 1024, 0, 1024, -1023, 0]], True),
+        ([[0, 400, 0, 400, -399, 0], [400, 1024, 400, 1024, -623, 0]], True),
+        ([[0, 1024, 0, 1024, -255, 0]], False),
+        ([[0, 1024, 0, 1024, -1023, 1023]], False),
+    ],
+    ids=["causal", "documents", "window", "full"],
+)
+def test_which_masks_are_walked_in_step(rows: list[list[int]], in_step: bool) -> None:
+    work = build_segments(transpose(np.array(rows)), 1024, 128, 64)
+    assert choose_walk(work, 8, 4, 132) == (8, in_step)
+    assert choose_walk(work, 8, 1, 132) == (8, False), "heads of one group are walked in turn: there is one"
+    assert choose_walk(work, 8, 4, 8)[1] is False
+    assert choose_walk(replace(work, longest=5 / 16.5), 8, 4, 132)[0] == 4, "not 5, then 3"
 
 
 def test_a_window_takes_the_fewest_blocks() -> None:
@@ -149,6 +167,15 @@ def test_lengths(num_tokens: int) -> None:
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (8, 1), (20, 5)])
 def test_heads(heads: tuple[int, int]) -> None:
     check_kernel(hopper, KernelCase("shared_prefix", torch.float16, 97, *heads, deterministic=False), "cuda")
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("family", ["causal", "varlen_causal", "window"])
+def test_programs_that_wait_for_others(family: str, head_dim: int) -> None:
+    """More tiles and heads than run at a time: those of causal masks that come later walk the other way."""
+    case = KernelCase(family, torch.bfloat16, 3301, 16, 8, head_dim=head_dim, deterministic=False)
+    check_kernel(hopper, case, "cuda")
 
 
 @on_hopper

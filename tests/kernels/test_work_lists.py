@@ -94,15 +94,13 @@ def test_lists_of_the_device_are_those_of_the_host(case: tuple[Rows, int, int], 
 
 
 @settings(max_examples=25)
-@given(slice_tables(), st.sampled_from([8, 16]), st.booleans(), st.booleans())
-def test_segments_of_the_device_are_those_of_the_host(
-    case: tuple[Rows, int, int], tile: int, by_key: bool, strictly: bool
-) -> None:
+@given(slice_tables(), st.sampled_from([8, 16]), st.booleans())
+def test_segments_of_the_device_are_those_of_the_host(case: tuple[Rows, int, int], tile: int, by_key: bool) -> None:
     rows, num_q, num_k = case
     bands, table = host_bands(rows), build_device_bands(*tables(rows), num_q, num_k)
     length = num_k if by_key else num_q
-    expected = build_segments(transpose(bands) if by_key else bands, length, tile, 8, strictly=strictly)
-    actual = build_device_segments(table, length, tile, 8, by_key=by_key, strictly=strictly)
+    expected = build_segments(transpose(bands) if by_key else bands, length, tile, 8)
+    actual = build_device_segments(table, length, tile, 8, by_key=by_key)
     assert torch.equal(actual.order.cpu(), expected.order) and torch.equal(actual.rows.cpu(), expected.rows)
     assert torch.equal(actual.segments[: len(expected.segments)].cpu(), expected.segments)
 

@@ -1,7 +1,7 @@
 """The backend for Hopper GPUs (sm_90), in Gluon: warp-specialised, with the tensor copy engine and asynchronous products.
 
 It takes bfloat16 and float16 heads of 64 or 128 columns, without softcap; ``triton`` takes the rest. The fused backward adds up dq in the
-order in which blocks come: deterministic backwards are left to ``triton``'s kernels, and so are masks whose slices lie on the device.
+order in which blocks come: deterministic backwards are left to ``triton``'s kernels, and so are masks on the device of too many slices.
 Gluon has no interpreter, so without such a GPU these kernels can be compiled but not run.
 """
 
@@ -21,6 +21,7 @@ from magi_attention.kernels.hopper.device_segments import build_device_segments,
 from magi_attention.kernels.hopper.forward import forward_kernel
 from magi_attention.kernels.hopper.segments import SegmentList, build_segments
 from magi_attention.kernels.hopper.statistics import statistics_by_head
+from magi_attention.kernels.hopper.walks import choose_walk
 from magi_attention.kernels.interface import AttnSettings, DeviceMask, KernelMask, Partial
 from magi_attention.kernels.partials import empty_partial
 from magi_attention.kernels.triton.configs import arch_of
@@ -54,14 +55,12 @@ def _segments(mask: KernelMask, tile: int, block: int, device: torch.device, *, 
     at = ("hopper", tile, block, device, by_key)
     if at not in mask.derived:
         length = mask.num_k if by_key else mask.num_q
-        # Tiles of keys that share queries run side by side, so that these are read once: cheaper than perfect order of work.
-        strictly = not by_key
         if isinstance(mask, DeviceMask):
             bands = portable.device_bands(mask)
-            mask.derived[at] = build_device_segments(bands, length, tile, block, by_key=by_key, strictly=strictly)
+            mask.derived[at] = build_device_segments(bands, length, tile, block, by_key=by_key)
         else:
             table = transpose(mask.bands) if by_key else mask.bands
-            mask.derived[at] = build_segments(table, length, tile, block, strictly=strictly).to(device)
+            mask.derived[at] = build_segments(table, length, tile, block).to(device)
     segments: SegmentList = mask.derived[at]
     return segments
 
@@ -155,13 +154,15 @@ def backward(
     tiles = BACKWARD_TILES[d]
     d_lse, d_delta, length = statistics_by_head(lse.contiguous(), delta.contiguous(), tiles.block)
     work = _segments(mask, keys, tiles.block, q.device, by_key=True)
-    at_once = max(1, round(_num_programs(q.device) / work.num_tiles))
+    at_once, in_step = choose_walk(work, hk, hq // hk, _num_programs(q.device))
     arguments = (
         describe_rows(q, tiles.block), describe_rows(k, keys), describe_rows(v, keys), describe_rows(dout, tiles.block),
         d_lse, d_delta, describe_rows(wide_dq, CONSUMER_ROWS, tiles.dq_columns(d)), dk, dv,
         work.order, work.rows, work.segments, q.stride(1), k.stride(1), v.stride(1), dout.stride(1), length, num_k,
-        settings.softmax_scale, settings.softmax_scale * _LOG2E, hk, at_once, hq // hk,
+        settings.softmax_scale, settings.softmax_scale * _LOG2E, hk, at_once, _num_programs(q.device), hq // hk,
     )  # fmt: skip
-    constants = {"D": d, "BLOCK": tiles.block, "STAGES": tiles.stages, "REGISTERS": tiles.registers}
+    constants = {
+        "D": d, "BLOCK": tiles.block, "STAGES": tiles.stages, "IN_STEP": in_step and tiles.in_step, "REGISTERS": tiles.registers,
+    }  # fmt: skip
     _launch_backward(work.num_tiles * hk, q.device, arguments, constants, num_warps=4)
     return wide_dq.to(grad_dtype) if dq is None else dq, dk, dv

@@ -1,8 +1,9 @@
 """The fused backward: five products a block, dk and dv kept in registers, dq added up in global memory by the copy engine.
 
-A program owns (128 keys, kv head) and walks the blocks of queries that attend them, for each query head of the group. Scores are computed
-transposed, ``[k, q]``, so that probabilities and their gradients are the left sides of dv's and dk's products as they come; only
-dq's product needs them from shared memory. Blocks of dq are added in the order in which programs reach them: not deterministic.
+A program owns (128 keys, kv head) and walks the blocks of queries that attend them, for each query head of the group, in the order that
+`walks` draws. Scores are computed transposed, ``[k, q]``, so that probabilities and their gradients are the left sides of dv's and dk's
+products as they come; only dq's product needs them from shared memory. Blocks of dq are added in the order in which programs reach
+them: not deterministic.
 """
 
 from __future__ import annotations
@@ -17,36 +18,45 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from magi_attention.kernels.hopper.steps import first_block, load_segment, locate, mask_scores, reduce_add
+from magi_attention.kernels.hopper.steps import load_segment, locate, mask_scores, reduce_add
+from magi_attention.kernels.hopper.walks import place_blocks
 
 
 @gluon.jit
 def _produce(
     d_q, d_k, d_v, d_do, d_lse, d_delta, q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, do_full, free,
-    p_order, p_rows, p_segments, s_qh, s_kh, s_vh, s_doh, s_lse, num_kv_heads, at_once, group,
-    KEYS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    p_order, p_rows, p_segments, s_qh, s_kh, s_vh, s_doh, s_lse, num_kv_heads, at_once, at_a_time, group,
+    KEYS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, IN_STEP: gl.constexpr,
 ):  # fmt: skip
-    rank, kv_head = locate(gl.program_id(0), gl.num_programs(0) // num_kv_heads, num_kv_heads, at_once)
+    num_tiles = gl.num_programs(0) // num_kv_heads
+    rank, kv_head = locate(gl.program_id(0), num_tiles, num_kv_heads, at_once)
+    is_late = gl.program_id(0) % (num_tiles * at_once) >= at_a_time
     tile = gl.load(p_order + rank)
     mbarrier.expect(kv_full, d_k.block_type.nbytes + d_v.block_type.nbytes)
     tma.async_copy_global_to_shared(d_k, [tile * KEYS, kv_head * s_kh], kv_full, k_s.index(0))
     tma.async_copy_global_to_shared(d_v, [tile * KEYS, kv_head * s_vh], kv_full, v_s.index(0))
     step = 0
-    for member in range(group):
-        head = kv_head * group + member
-        for at in range(gl.load(p_rows + tile), gl.load(p_rows + tile + 1)):
-            begin = first_block(gl.load(p_segments + at * 8))
-            end = gl.load(p_segments + at * 8 + 1)
-            for m in range(begin, end, BLOCK):
-                slot = step % STAGES
-                mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)
-                mbarrier.expect(q_full.index(slot), d_q.block_type.nbytes + d_lse.block_type.nbytes)
-                tma.async_copy_global_to_shared(d_q, [m, head * s_qh], q_full.index(slot), q_s.index(slot))
-                tma.async_copy_global_to_shared(d_lse, [head * s_lse + m], q_full.index(slot), lse_s.index(slot))
-                mbarrier.expect(do_full.index(slot), d_do.block_type.nbytes + d_delta.block_type.nbytes)
-                tma.async_copy_global_to_shared(d_do, [m, head * s_doh], do_full.index(slot), do_s.index(slot))
-                tma.async_copy_global_to_shared(d_delta, [head * s_lse + m], do_full.index(slot), delta_s.index(slot))
-                step += 1
+    first_at = gl.load(p_rows + tile)
+    last_at = gl.load(p_rows + tile + 1) - 1
+    for outer in range(1 if IN_STEP else group):
+        for segment in range(first_at, last_at + 1):
+            at = gl.where(is_late, segment, first_at + last_at - segment) if IN_STEP else segment
+            begin, end, origin, sign = place_blocks(p_segments + at * 8, is_late, BLOCK, IN_STEP)
+            for x in range(begin, end, BLOCK):
+                for inner in range(group if IN_STEP else 1):
+                    m = origin + sign * x
+                    head = kv_head * group + outer + inner
+                    slot = step % STAGES
+                    mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)
+                    mbarrier.expect(q_full.index(slot), d_q.block_type.nbytes + d_lse.block_type.nbytes)
+                    tma.async_copy_global_to_shared(d_q, [m, head * s_qh], q_full.index(slot), q_s.index(slot))
+                    tma.async_copy_global_to_shared(d_lse, [head * s_lse + m], q_full.index(slot), lse_s.index(slot))
+                    mbarrier.expect(do_full.index(slot), d_do.block_type.nbytes + d_delta.block_type.nbytes)
+                    tma.async_copy_global_to_shared(d_do, [m, head * s_doh], do_full.index(slot), do_s.index(slot))
+                    tma.async_copy_global_to_shared(
+                        d_delta, [head * s_lse + m], do_full.index(slot), delta_s.index(slot)
+                    )
+                    step += 1
 
 
 @gluon.jit
@@ -73,7 +83,7 @@ def _add_dq(INDEX: gl.constexpr, d_dq, staged, m, column, BLOCK: gl.constexpr):
 def _consume(
     INDEX: gl.constexpr, d_dq, p_dk, p_dv, q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, dq_s,
     kv_full, q_full, do_full, free, ds_full, p_order, p_rows, p_segments, num_k, scale, scale_log2,
-    num_kv_heads, at_once, group, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    num_kv_heads, at_once, at_a_time, group, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, IN_STEP: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = 64
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])  # [k, q]
@@ -83,7 +93,9 @@ def _consume(
     by_query: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])  # [q, d]
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=by_key, k_width=2)
     of_query: gl.constexpr = gl.SliceLayout(0, scores)
-    rank, kv_head = locate(gl.program_id(0), gl.num_programs(0) // num_kv_heads, num_kv_heads, at_once)
+    num_tiles = gl.num_programs(0) // num_kv_heads
+    rank, kv_head = locate(gl.program_id(0), num_tiles, num_kv_heads, at_once)
+    is_late = gl.program_id(0) % (num_tiles * at_once) >= at_a_time
     tile = gl.load(p_order + rank)
     row = (tile * 2 + INDEX) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, scores))
     # Keys behind the last are zeros: their scores would be 0, and exp(0 - lse) may be infinite.
@@ -96,55 +108,60 @@ def _consume(
     step = 0
     last_m = 0
     last_head = 0
-    for member in range(group):
-        head = kv_head * group + member
-        for at in range(gl.load(p_rows + tile), gl.load(p_rows + tile + 1)):
-            p_segment = p_segments + at * 8
-            inner_begin = gl.load(p_segment + 2)
-            inner_end = gl.where(ragged, inner_begin, gl.load(p_segment + 3))
-            for m in range(first_block(gl.load(p_segment)), gl.load(p_segment + 1), BLOCK):
-                slot = step % STAGES
-                parity = (step // STAGES) & 1
-                q = q_s.index(slot)
-                do = do_s.index(slot)
-                # Always 0, but not to the compiler: it would compute each operand's address before the loop, and spill them.
-                keys = step >> 30
-                k = k_s.index(keys).slice(INDEX * ROWS, ROWS, dim=0)
-                v = v_s.index(keys).slice(INDEX * ROWS, ROWS, dim=0)
-                mbarrier.wait(q_full.index(slot), parity)
-                s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-                mbarrier.wait(do_full.index(slot), parity)
-                dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-                s = warpgroup_mma_wait(1, deps=(s,))
-                if (m < inner_begin) | (m + BLOCK > inner_end):
-                    # Loaded here and not before the loop, where registers are short.
-                    s = mask_scores(s, m, row, load_segment(p_segments, at), BLOCK, scores)
-                p = gl.exp2(s * scale_log2 - lse_s.index(slot).load(of_query)[None, :])
-                b_p = p.to(q_s.dtype)
-                dp, p = warpgroup_mma_wait(0, deps=(dp, p))
-                ds = (p * (dp - delta_s.index(slot).load(of_query)[None, :])).to(q_s.dtype)
+    first_at = gl.load(p_rows + tile)
+    last_at = gl.load(p_rows + tile + 1) - 1
+    for outer in range(1 if IN_STEP else group):
+        for segment in range(first_at, last_at + 1):
+            at = gl.where(is_late, segment, first_at + last_at - segment) if IN_STEP else segment
+            begin, end, origin, sign = place_blocks(p_segments + at * 8, is_late, BLOCK, IN_STEP)
+            inner_begin = gl.load(p_segments + at * 8 + 2)
+            inner_end = gl.where(ragged, inner_begin, gl.load(p_segments + at * 8 + 3))
+            for x in range(begin, end, BLOCK):
+                for inner in range(group if IN_STEP else 1):
+                    m = origin + sign * x
+                    head = kv_head * group + outer + inner
+                    slot = step % STAGES
+                    parity = (step // STAGES) & 1
+                    q = q_s.index(slot)
+                    do = do_s.index(slot)
+                    # Always 0, but not to the compiler: it would compute each operand's address before the loop, and spill them.
+                    keys = step >> 30
+                    k = k_s.index(keys).slice(INDEX * ROWS, ROWS, dim=0)
+                    v = v_s.index(keys).slice(INDEX * ROWS, ROWS, dim=0)
+                    mbarrier.wait(q_full.index(slot), parity)
+                    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    mbarrier.wait(do_full.index(slot), parity)
+                    dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    s = warpgroup_mma_wait(1, deps=(s,))
+                    if (m < inner_begin) | (m + BLOCK > inner_end):
+                        # Loaded here and not before the loop, where registers are short.
+                        s = mask_scores(s, m, row, load_segment(p_segments, at), BLOCK, scores)
+                    p = gl.exp2(s * scale_log2 - lse_s.index(slot).load(of_query)[None, :])
+                    b_p = p.to(q_s.dtype)
+                    dp, p = warpgroup_mma_wait(0, deps=(dp, p))
+                    ds = (p * (dp - delta_s.index(slot).load(of_query)[None, :])).to(q_s.dtype)
 
-                # dq of the step before, so that neither consumer waits for the other's half of this one's.
-                mbarrier.wait(ds_full.index((step + 1) % 2), ((step - 1) // 2) & 1, pred=step > 0)
-                dq = _multiply_dq(INDEX, ds_s.index((step + 1) % 2), k_s.index(keys), zero_dq, BLOCK)
-                dv = warpgroup_mma(gl.convert_layout(b_p, left), do, dv, is_async=True)
-                dk = warpgroup_mma(gl.convert_layout(ds, left), q, dk, is_async=True)
-                ds_s.index(step % 2).slice(INDEX * ROWS, ROWS, dim=0).store(ds)
-                dq = warpgroup_mma_wait(2, deps=(dq,))
-                staged = dq_s.index(INDEX * 2 + step % 2)
-                staged.store(dq * scale)
-                fence_async_shared()
-                # The other tile of dq was read, for all threads behind the barrier: the next step may write it.
-                tma.store_wait(0)
-                gl.thread_barrier()
-                mbarrier.arrive(ds_full.index(step % 2), count=1)
-                if step > 0:
-                    _add_dq(INDEX, d_dq, staged, last_m, last_head * D, BLOCK)
-                dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
-                mbarrier.arrive(free.index(slot), count=1)
-                last_m = m
-                last_head = head
-                step += 1
+                    # dq of the step before, so that neither consumer waits for the other's half of this one's.
+                    mbarrier.wait(ds_full.index((step + 1) % 2), ((step - 1) // 2) & 1, pred=step > 0)
+                    dq = _multiply_dq(INDEX, ds_s.index((step + 1) % 2), k_s.index(keys), zero_dq, BLOCK)
+                    dv = warpgroup_mma(gl.convert_layout(b_p, left), do, dv, is_async=True)
+                    dk = warpgroup_mma(gl.convert_layout(ds, left), q, dk, is_async=True)
+                    ds_s.index(step % 2).slice(INDEX * ROWS, ROWS, dim=0).store(ds)
+                    dq = warpgroup_mma_wait(2, deps=(dq,))
+                    staged = dq_s.index(INDEX * 2 + step % 2)
+                    staged.store(dq * scale)
+                    fence_async_shared()
+                    # The other tile of dq was read, for all threads behind the barrier: the next step may write it.
+                    tma.store_wait(0)
+                    gl.thread_barrier()
+                    mbarrier.arrive(ds_full.index(step % 2), count=1)
+                    if step > 0:
+                        _add_dq(INDEX, d_dq, staged, last_m, last_head * D, BLOCK)
+                    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+                    mbarrier.arrive(free.index(slot), count=1)
+                    last_m = m
+                    last_head = head
+                    step += 1
     mbarrier.wait(ds_full.index((step + 1) % 2), ((step - 1) // 2) & 1)
     dq = _multiply_dq(INDEX, ds_s.index((step + 1) % 2), k_s.index(step >> 30), zero_dq, BLOCK)
     dq = warpgroup_mma_wait(0, deps=(dq,))
@@ -162,11 +179,24 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["s_qh", "s_kh", "s_vh", "s_doh", "s_lse", "num_k", "num_kv_heads", "at_once", "group"])
+@gluon.jit(
+    do_not_specialize=[
+        "s_qh",
+        "s_kh",
+        "s_vh",
+        "s_doh",
+        "s_lse",
+        "num_k",
+        "num_kv_heads",
+        "at_once",
+        "at_a_time",
+        "group",
+    ]
+)
 def backward_kernel(
     d_q, d_k, d_v, d_do, d_lse, d_delta, d_dq, p_dk, p_dv, p_order, p_rows, p_segments,
-    s_qh, s_kh, s_vh, s_doh, s_lse, num_k, scale, scale_log2, num_kv_heads, at_once, group,
-    D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    s_qh, s_kh, s_vh, s_doh, s_lse, num_k, scale, scale_log2, num_kv_heads, at_once, at_a_time, group,
+    D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, IN_STEP: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     KEYS: gl.constexpr = 128
     k_s = gl.allocate_shared_memory(d_k.dtype, [1, KEYS, D], d_k.layout)
@@ -195,17 +225,18 @@ def backward_kernel(
         [
             (_produce, (
                 d_q, d_k, d_v, d_do, d_lse, d_delta, q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, do_full, free,
-                p_order, p_rows, p_segments, s_qh, s_kh, s_vh, s_doh, s_lse, num_kv_heads, at_once, group, KEYS, BLOCK, STAGES,
+                p_order, p_rows, p_segments, s_qh, s_kh, s_vh, s_doh, s_lse, num_kv_heads, at_once, at_a_time, group,
+                KEYS, BLOCK, STAGES, IN_STEP,
             )),
             (_consume, (
                 0, d_dq, p_dk, p_dv, q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, dq_s,
                 kv_full, q_full, do_full, free, ds_full, p_order, p_rows, p_segments, num_k, scale, scale_log2,
-                num_kv_heads, at_once, group, BLOCK, D, STAGES,
+                num_kv_heads, at_once, at_a_time, group, BLOCK, D, STAGES, IN_STEP,
             )),
             (_consume, (
                 1, d_dq, p_dk, p_dv, q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, dq_s,
                 kv_full, q_full, do_full, free, ds_full, p_order, p_rows, p_segments, num_k, scale, scale_log2,
-                num_kv_heads, at_once, group, BLOCK, D, STAGES,
+                num_kv_heads, at_once, at_a_time, group, BLOCK, D, STAGES, IN_STEP,
             )),
         ],
         [4, 4],

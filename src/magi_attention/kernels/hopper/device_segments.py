@@ -21,9 +21,7 @@ def fits(num_slices: int, num_q: int, tile: int) -> bool:
     return (num_slices + 1) * -(-num_q // tile) <= _MOST_SEGMENTS
 
 
-def build_device_segments(
-    bands: Tensor, num_q: int, tile: int, block: int, *, by_key: bool, strictly: bool = True
-) -> SegmentList:
+def build_device_segments(bands: Tensor, num_q: int, tile: int, block: int, *, by_key: bool) -> SegmentList:
     """As `build_segments`, of `build_device_bands`'s table; ``by_key``: of its transpose, ``num_q`` being the number of keys.
 
     ``segments`` is longer than what tiles refer to.
@@ -39,8 +37,7 @@ def build_device_segments(
     rows = torch.zeros(num_tiles + 1, dtype=torch.int64, device=bands.device)
     torch.cumsum(counts[0].clamp(min=1), dim=0, out=rows[1:])
     _launch_fill(num_tiles, bands.device, (bands, counts, rows, segments, *sizes), constants)
-    work = counts[1] if strictly else torch.frexp(counts[1].double()).exponent
-    order = torch.sort(work, descending=True, stable=True).indices
+    order = torch.sort(counts[1], descending=True, stable=True).indices
     return SegmentList(order.to(torch.int32), rows.to(torch.int32), segments)
 
 

@@ -41,12 +41,6 @@ def load_segment(p_segments, at):
 
 
 @gluon.jit
-def first_block(begin):
-    """Where blocks of queries begin: their statistics are copied from multiples of 16 bytes alone. What is too much is masked."""
-    return begin // 4 * 4
-
-
-@gluon.jit
 def mask_scores(s, start, row, segment, BLOCK: gl.constexpr, layout: gl.constexpr):
     """Scores ``[rows, columns]`` of a block whose columns begin at ``start``, -inf where the segment has no cell."""
     first = gl.maximum(row + segment[4], segment[0]) - start

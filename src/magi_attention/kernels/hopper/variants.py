@@ -28,7 +28,8 @@ def aot_variants(arch: str) -> list[AotVariant]:
     if arch != "sm_90":
         return []
     wanted = [("bf16", case) for case in ("plain", "merge")] + [("fp16", "plain")]
-    return [make(d, *one) for d in HEAD_DIMS for one in wanted for make in (_forward, _backward)]
+    both = [make(d, *one) for d in HEAD_DIMS for one in wanted for make in (_forward, _backward)]
+    return both + [_backward(d, "bf16", "in step") for d in HEAD_DIMS if BACKWARD_TILES[d].in_step]
 
 
 def _descriptor(rows: int, columns: int, dtype: str) -> str:
@@ -52,7 +53,7 @@ def _backward(d: int, dtype: str, case: str) -> AotVariant:
     gradient = "*fp32" if case == "merge" else f"*{dtype}"
     described |= {"d_delta": statistics, "p_dk": gradient, "p_dv": gradient}
     described["d_dq"] = _descriptor(CONSUMER_ROWS, tiles.dq_columns(d), "fp32")
-    sizes = {"D": d, "BLOCK": tiles.block, "STAGES": tiles.stages}
+    sizes = {"D": d, "BLOCK": tiles.block, "STAGES": tiles.stages, "IN_STEP": case == "in step"}
     return _variant("backward", d, dtype, case, backward_kernel, described, sizes, tiles.registers)
 
 
