@@ -387,7 +387,8 @@ def plot(rows: list[dict[str, object]], picture: Path) -> None:
         axes.set_title(f"{what}, {total:,} tokens", fontsize=10)
         axes.set_ylabel("TFLOP/s")
         axes.grid(axis="y", alpha=0.3)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(methods), fontsize=9)
+    ncols = min(len(methods), 3 * len(lengths))
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=ncols, fontsize=9)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
 
