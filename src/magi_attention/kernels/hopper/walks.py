@@ -14,8 +14,8 @@ In step, for causal masks (a row a tile of keys, a column a block of queries):
           ####   -> ->           one that starts when a shorter one of those is done begins at the diagonal, and meets at each block the
            ###   ->              others that start late
 
-That takes a few per cent more instructions and registers, so it is for masks whose tiles are so unlike that many kv heads are computed at
-once: as many as make the longest tile take no longer than a processor's share of them.
+A block takes a few per cent longer there, so it is for masks whose tiles are so unlike that many kv heads are computed at once: as many as
+make the longest tile take no longer than a processor's share of them.
 """
 
 from __future__ import annotations
