@@ -132,12 +132,11 @@ struct Kernel {
       std::fill_n(s.q_rows + x.rows * s.in.stride, s.in.stride, 0.f);
       std::fill_n(s.dout_rows + x.rows * s.out.stride, s.out.stride, 0.f);
     }
-    Across q_across = pack_across<E>(s.q_rows, s.in, TILE_ROWS, 0, x.rows, s.q_across);
-    Across dout_across = pack_across<E>(s.dout_rows, s.out, TILE_ROWS, 0, x.rows, s.dout_across);
+    Across q_across = tile_across(s.q_rows, s.in, x.rows, s.q_across), dout_across = tile_across(s.dout_rows, s.out, x.rows, s.dout_across);
     auto along = [&](const float* rows, const Columns<E>& columns, const float* panels, float* to) {
       each_panel(strips, [&](int c, int vectors, const Strip& strip) {
-        multiply<E, false>(strip.rows, vectors, (int)columns.words, {rows + strip.row * columns.stride, columns.stride, 1},
-                           {panels + c / NR * NR * columns.stride + c % NR, NR}, to + strip.row * LEAD + c, LEAD);
+        multiply<E>(strip.rows, vectors, (int)columns.words, {rows + strip.row * columns.stride, columns.stride, 1},
+                           {panels + c / NR * NR * columns.stride + c % NR, NR}, Sums<false>{to + strip.row * LEAD + c, LEAD});
         fetch_some();
       });
     };
@@ -151,6 +150,12 @@ struct Kernel {
     to_keys(s.dscores_across(), q_across, s.in, s.dk, x, fetch_some);
   }
 
+  // The copied rows of a tile, which are followed by one of zeros where a word needs it.
+  static Across tile_across(const float* rows, const Columns<E>& columns, int count, float* to) {
+    if constexpr (E::n == 1) return {rows, columns.stride, NR};
+    else return pack_across<E>({(const char*)rows, columns.stride * (int64_t)sizeof(float)}, columns, TILE_ROWS, 0, count + count % 2, to);
+  }
+
   // dq += dS K. Keys that share a word with those that a strip attends may be multiplied by its zeros where they are of `keys`.
   template <class Between>
   void to_queries(const BandTile& x, const Strips& strips, int64_t kv, int64_t part, const Across& k, const Range& keys, Between&& between) const {
@@ -158,7 +163,7 @@ struct Kernel {
       for (const Strip& strip : strips) {
         Range used = whole_words<E>({strip.begin, strip.end}, keys);
         multiply_elements<E>(false, strip.rows, s.in.vectors(c), used.begin, used.end, {s.dscores + strip.row * LEAD, LEAD, 1}, k.at(c),
-                             s.dq + strip.row * s.in.padded + c, s.in.padded);
+                             s.dq + strip.row * s.in.padded + c, s.in.padded, Results<float>{});
         between();
       }
     const float* from = s.dq;
@@ -202,7 +207,7 @@ struct Kernel {
         Range used = rows_of(c, num);
         if (used.empty()) continue;
         multiply_elements<E>(true, num, columns.vectors(e), used.begin, used.end, {weights + c, 1, E::n * LEAD}, rows.at(e),
-                             sums + c * columns.padded + e, columns.padded);
+                             sums + c * columns.padded + e, columns.padded, Results<float>{});
         between();
       }
   }
@@ -220,11 +225,9 @@ struct Kernel {
     Across k{};
     if (!packed.empty()) {
       int first = (int)packed.begin, last = (int)packed.end;
-      copy_rows<T, E>({p.k, keys.begin + first, kv, 1, 0, last - first}, s.in, s.k_rows + first * s.in.stride);
-      pack_along<E>(s.k_rows, s.in, first, last, s.k_along);
-      k = pack_across<E>(s.k_rows, s.in, BLOCK_K, first, last, s.k_across);
-      copy_rows<T, E>({p.v, keys.begin + first, kv, 1, 0, last - first}, s.out, s.v_rows + first * s.out.stride);
-      pack_along<E>(s.v_rows, s.out, first, last, s.v_along);
+      pack_along<E>(word_rows<T>(p.k, keys.begin, kv, first, last, s.in, s.k_rows), s.in, first, last, s.k_along);
+      k = rows_across<T>(p.k, keys.begin, kv, first, last, s.in, s.k_rows, s.k_across);
+      pack_along<E>(word_rows<T>(p.v, keys.begin, kv, first, last, s.out, s.v_rows), s.out, first, last, s.v_along);
     }
     each_band(number, [&](const Band& band, const Range& q) {
       each_tile(band, q.begin, q.end, group(), keys, [&](const BandTile& x) { tile(x, kv, part, k, packed); });

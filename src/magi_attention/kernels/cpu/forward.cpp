@@ -124,10 +124,8 @@ struct Kernel {
     Across pack(int64_t kb, const Range& packed) const {
       const auto& k = kernel;
       int begin = (int)packed.begin, end = (int)packed.end;
-      copy_rows<T, E>({k.p.k, kb + begin, kv, 1, 0, end - begin}, k.k_columns, s.k_rows + begin * k.k_columns.stride);
-      pack_along<E>(s.k_rows, k.k_columns, begin, end, s.keys);
-      copy_rows<T, E>({k.p.v, kb + begin, kv, 1, 0, end - begin}, k.v_columns, s.v_rows + begin * k.v_columns.stride);
-      return pack_across<E>(s.v_rows, k.v_columns, BLOCK_K, begin, end, s.values);
+      pack_along<E>(word_rows<T>(k.p.k, kb, kv, begin, end, k.k_columns, s.k_rows), k.k_columns, begin, end, s.keys);
+      return rows_across<T>(k.p.v, kb, kv, begin, end, k.v_columns, s.v_rows, s.values);
     }
 
     // `keys`: those that the job attends. `is_last`: nothing comes after it for these rows, so that their results are written while others are
@@ -145,25 +143,39 @@ struct Kernel {
         else fetch(next_q, 2, in.count);
         fetch(next_k, 1, in.count), fetch(next_v, 1, out.count);
       };
-      copy_rows<T, E>(rows, in, s.q);
+      copy_rows<T, E, false>(rows, in, s.q);
       each_panel(strips, [&](int c, int vectors, const Strip& strip) {
-        multiply<E, false>(strip.rows, vectors, (int)in.words, {s.q + strip.row * in.stride, in.stride, 1},
-                           {s.keys + c / NR * NR * in.stride + c % NR, NR}, s.scores + strip.row * LEAD + c, LEAD);
+        multiply<E>(strip.rows, vectors, (int)in.words, {s.q + strip.row * in.stride, in.stride, 1},
+                           {s.keys + c / NR * NR * in.stride + c % NR, NR}, Sums<false>{s.scores + strip.row * LEAD + c, LEAD});
         fetch_some();
       });
       soften(strips, to, is_last);
       bool add[TILE_ROWS / MR];
       for (int i = 0; i < strips.count; i++) add[i] = prepare(to + strips.at[i].row, strips.at[i].rows);
+      T* result[TILE_ROWS];
+      if (is_last) {
+        int64_t at = row_at(x.a);
+        for (int row = 0, g = x.skipped; row < x.rows; row++) {
+          result[row] = (T*)(k.o.out_wide ? k.o.out_wide : k.o.out_narrow) + (at + g) * k.p.dv;
+          k.o.lse[at + g] = s.lse[to + row];
+          if (++g == x.group) g = 0, at += k.p.hq;
+        }
+      }
       for (int64_t c = 0; c < out.padded; c += NR)
         for (int i = 0; i < strips.count; i++) {
           const Strip& strip = strips.at[i];
           Range used = whole_words<E>({strip.begin, strip.end}, keys);
+          float* sums = s.out + (to + strip.row) * out.padded + c;
           multiply_elements<E>(add[i], strip.rows, out.vectors(c), used.begin, used.end, {s.scores + strip.row * LEAD, LEAD, 1}, values.at(c),
-                               s.out + (to + strip.row) * out.padded + c, out.padded);
-          if (is_last && i && c + NR >= out.padded) finish(x, strips.at[i - 1], to);
+                               sums, out.padded, Results<T>{is_last ? result + strip.row : nullptr, s.weights + to + strip.row, c, sums, (long)out.padded, k.streams});
           fetch_some();
         }
-      if (is_last) finish(x, strips.at[strips.count - 1], to);
+      if (is_last) {
+        for (auto& strip : strips) {
+          std::fill_n(s.states.data() + to + strip.row, strip.rows, State::WRITTEN);
+          left -= strip.rows;
+        }
+      }
     }
 
     // Whether rows of out are to be added to; those that hold nothing yet then become 0.
@@ -179,32 +191,41 @@ struct Kernel {
 
     void clear(int64_t j) const { std::fill_n(s.out + j * kernel.v_columns.padded, kernel.v_columns.padded, 0.f); }
 
-    // Scores to probabilities, in place, as words, and to sums. Row 0 of the tile is row `to` of the stretch. VL rows at a time: their maxima are
-    // folded together, and are there before the first exponential.
+    // Scores to probabilities, in place, as words, and to sums. Row 0 of the tile is row `to` of the stretch. VL rows at a time, all over the same
+    // columns: their maxima are folded together, and are there before the first exponential.
     void soften(const Strips& strips, int64_t to, bool is_last) const {
       const Problem& p = kernel.p;
       bool capped = p.softcap > 0;
       float factor = capped ? LOG2E : p.scale * LOG2E;
-      const Strip *strip = strips.begin(), &final = strips.end()[-1];
-      for (int row = strip->row, end = final.row + final.rows; row < end; row += VL) {
+      const Strip& final = strips.end()[-1];
+      for (int row = strips.begin()->row, end = final.row + final.rows; row < end; row += VL) {
         int num = std::min(VL, end - row);
+        const Span* spans = strips.rows + row;
+        RowVectors vectors(spans, num);
+        float* scores = s.scores + row * LEAD;
         vf highest[VL];
-        for (int i = 0; i < VL; i++) {
-          highest[i] = splat(-INFINITY);
-          if (i >= num) continue;
-          Span span = strips.rows[row + i];
-          float* scores = s.scores + (row + i) * LEAD;
-          if (capped && span.begin < span.end) cap(to + row + i, scores, span);
-          each_vector(span.begin, span.end, [&](int c, auto partial) {
-            vf x = load(scores + c) * factor;
-            if (partial) x = inside(c, span.begin, span.end) ? x : splat(-INFINITY);
+        for (int i = 0; i < VL; i++) highest[i] = splat(-INFINITY);
+        for (int i = 0; i < num; i++) {
+          if (capped && spans[i].begin < spans[i].end) cap(to + row + i, scores + i * LEAD, spans[i]);
+          Inside attended(spans[i].begin, spans[i].end);
+          vectors.each([&](int c, auto partial) {
+            vf x = load(scores + i * LEAD + c) * factor;
+            if (partial) x = attended(c) ? x : splat(-INFINITY);
             highest[i] = vmax(highest[i], x);
           });
         }
         raise_tops(to + row, num, fold_rows(highest, vmax));
         for (int i = 0; i < num; i++) {
-          if (row + i == strip->row + strip->rows) strip++;
-          soften_row(to + row + i, s.scores + (row + i) * LEAD, strips.rows[row + i], strip->first(), strip->last(), factor);
+          int64_t j = to + row + i;
+          vf top = splat(s.top[j]), sums = load(s.total + j * VL);
+          Inside attended(spans[i].begin, spans[i].end);
+          vectors.each([&](int c, auto partial) {
+            vf e = exp2v(rounded(load(scores + i * LEAD + c) * factor) - top);  // as for the maximum: the largest less itself must be 0
+            if (partial) e = attended(c) ? e : vf{};
+            sums += e;
+            E::put(scores + i * LEAD, c, e);
+          });
+          store(s.total + j * VL, sums);
         }
         if (is_last) sum_up(to + row);
       }
@@ -222,22 +243,6 @@ struct Kernel {
         store(total, load(total) * shrink);
         for (int64_t e = 0; e < kernel.v_columns.padded; e += VL) store(out + e, load(out + e) * shrink);
       }
-    }
-
-    // Scores of one row to probabilities: those of `span`; the rest of [begin, end) becomes 0.
-    void soften_row(int64_t j, float* row, Span span, int begin, int end, float factor) const {
-      vf top = splat(s.top[j]), sums = load(s.total + j * VL);
-      if (span.begin >= span.end) span = {end, end};
-      int c = begin;
-      for (; c < span.begin / VL * VL; c += VL) E::put(row, c, vf{});
-      each_vector(span.begin, span.end, [&](int c, auto partial) {
-        vf e = exp2v(rounded(load(row + c) * factor) - top);  // as for the maximum: the largest less itself must be 0
-        if (partial) e = inside(c, span.begin, span.end) ? e : vf{};
-        sums += e;
-        E::put(row, c, e);
-      });
-      for (c = (span.end + VL - 1) / VL * VL; c < end; c += VL) E::put(row, c, vf{});
-      store(s.total + j * VL, sums);
     }
 
     void cap(int64_t j, float* row, Span span) const {
@@ -387,5 +392,5 @@ void run(const Problem& p, const ForwardOutput& o) {
 void forward(const Problem& p, const ForwardOutput& o) {
   if (p.dtype == 0) run<float>(p, o);
   else if (p.dtype == 1) run<bf16>(p, o);
-  else run<fp16>(p, o);
+
 }

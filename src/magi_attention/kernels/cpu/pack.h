@@ -85,25 +85,45 @@ static inline void fetch(Rows<T>& rows, int count, int64_t columns) {
   if (rows.any()) fetch_any(rows, count, columns);
 }
 
-template <class T, class E>
+template <class T, class E, bool AHEAD = true>
 static __attribute__((noinline)) void copy_rows(Rows<T> rows, const Columns<E>& columns, float* to) {
   constexpr int apart = 8;
   Rows<T> later = rows;
   later.skip(apart);
   for (; rows.any(); to += columns.stride) {
-    fetch(later, 1, columns.count);
+    if (AHEAD) fetch(later, 1, columns.count);
     copy_row<T, E>(rows.next(), columns, to);
   }
 }
 
-// Of a block's rows, those of tokens [begin, end) and up to whole vectors.
+// Rows of whole vectors of words, `apart` bytes from one to the next: the caller's own where they are that already, else a copy.
+struct WordRows {
+  const char* data;
+  int64_t apart;
+  vf at(int64_t row, int64_t word) const {
+    vf x;
+    memcpy(&x, data + row * apart + word * (int64_t)sizeof(float), sizeof x);
+    return x;
+  }
+};
+
+// Of one head, rows [begin, end) counted from a token; where they are copied, to row `begin` of `copy` on.
+template <class T, class E>
+static inline WordRows word_rows(const View& x, int64_t token, int64_t head, int begin, int end, const Columns<E>& columns, float* copy) {
+  if (sizeof(T) * E::n == sizeof(float) && columns.count % (VL * E::n) == 0)
+    return {(const char*)row_of<T>(x, token, head), x.token * (int64_t)sizeof(T)};
+  copy_rows<T, E>({x, token + begin, head, 1, 0, end - begin}, columns, copy + begin * columns.stride);
+  return {(const char*)copy, columns.stride * (int64_t)sizeof(float)};
+}
+
+// Of a block's rows, those of tokens [begin, end), at least one; lanes up to whole vectors hold any of them.
 template <class E>
-static void pack_along(const float* rows, const Columns<E>& columns, int begin, int end, float* to) {
+static void pack_along(const WordRows& rows, const Columns<E>& columns, int begin, int end, float* to) {
   for (int t = begin / VL * VL; t < end; t += VL)
     for (int64_t w = 0; w < columns.stride; w += VL) {
       vf square[VL];
 #pragma GCC unroll 16
-      for (int i = 0; i < VL; i++) square[i] = load(rows + (t + i) * columns.stride + w);
+      for (int i = 0; i < VL; i++) square[i] = rows.at(std::min(std::max(t + i, begin), end - 1), w);
       transpose(square);
       float* dst = to + t / NR * NR * columns.stride + w * NR + t % NR;
 #pragma GCC unroll 16
@@ -118,22 +138,31 @@ struct Across {
   Right at(int64_t column) const { return {data + column / NR * panel, row}; }
 };
 
-// Of the rows of at most `tokens`, those of [begin, end), packed into `to` where that is needed.
+// Of the rows of at most `tokens`, those of [begin, end), at least one, packed into `to`; of a word, the element outside is a neighbour's.
 template <class E>
-static Across pack_across(const float* rows, const Columns<E>& columns, int tokens, int begin, int end, float* to) {
+static Across pack_across(const WordRows& rows, const Columns<E>& columns, int tokens, int begin, int end, float* to) {
+  static_assert(E::n == 2, "rows of single floats are that already");
+  int64_t words = tokens / E::n;
+  auto at = [&](int64_t column, int64_t word) { return to + column / NR * NR * words + word * NR + column % NR; };
+  for (int64_t t = begin / E::n; t < ceil_div(end, E::n); t++) {
+    int64_t first = std::max<int64_t>(t * E::n, begin), second = std::min<int64_t>(t * E::n + 1, end - 1);
+    for (int64_t w = 0; w < columns.stride; w += VL) {
+      vf even = rows.at(first, w), odd = rows.at(second, w);
+      store(at(2 * w, t), interleave_halves<false>(even, odd));
+      if (2 * w + VL < columns.count) store(at(2 * w + VL, t), interleave_halves<true>(even, odd));
+    }
+  }
+  return {to, NR, NR * words};
+}
+
+// The same of rows of a tensor, which are copied where a word is one element: products read them again and again.
+template <class T, class E>
+static inline Across rows_across(const View& x, int64_t token, int64_t head, int begin, int end, const Columns<E>& columns, float* copy, float* to) {
   if constexpr (E::n == 1) {
-    return {rows, columns.stride, NR};
+    copy_rows<T, E>({x, token + begin, head, 1, 0, end - begin}, columns, copy + begin * columns.stride);
+    return {copy, columns.stride, NR};
   } else {
-    int64_t words = tokens / E::n;
-    auto at = [&](int64_t column, int64_t word) { return to + column / NR * NR * words + word * NR + column % NR; };
-    for (int64_t t = begin / E::n; t < ceil_div(end, E::n); t++)
-      for (int64_t w = 0; w < columns.stride; w += VL) {
-        const float* src = rows + t * E::n * columns.stride + w;
-        vf even = load(src), odd = load(src + columns.stride);
-        store(at(2 * w, t), interleave_halves<false>(even, odd));
-        if (2 * w + VL < columns.count) store(at(2 * w + VL, t), interleave_halves<true>(even, odd));
-      }
-    return {to, NR, NR * words};
+    return pack_across<E>(word_rows<T>(x, token, head, begin, end, columns, copy), columns, BLOCK_K, begin, end, to);
   }
 }
 

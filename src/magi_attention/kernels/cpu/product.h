@@ -54,6 +54,29 @@ template <class T> struct ProductOf { typedef Single type; };
 template <> struct ProductOf<bf16> { typedef Pairs type; };
 #endif
 
+template <int N>
+static inline void put_row(float* to, const vf (&x)[N], bool stream) {
+#pragma GCC unroll 8
+  for (int j = 0; j < N; j++) {
+    if (stream) stream_line(to + j * VL, &x[j]);
+    else store(to + j * VL, x[j]);
+  }
+}
+template <int N>
+static inline void put_row(bf16* to, const vf (&x)[N], bool stream) {
+  if constexpr (N % 2 == 0) {
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j += 2) {
+      __m512i line = (__m512i)_mm512_cvtne2ps_pbh((__m512)x[j + 1], (__m512)x[j]);
+      if (stream) _mm512_stream_si512((__m512i*)(to + j * VL), line);
+      else _mm512_storeu_si512(to + j * VL, line);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) _mm256_storeu_si256((__m256i*)(to + j * VL), (__m256i)_mm512_cvtneps_pbh((__m512)x[j]));
+  }
+}
+
 // A: the word (i, k) is data[i * row + k * column].
 struct Left {
   const float* data;
@@ -65,15 +88,51 @@ struct Right {
   long row;
 };
 
-// C has M rows of N vectors, c_row apart.
-template <class E, int M, int N, bool ADD>
-static void micro(int K, const float* __restrict a, long a_row, long a_col, const float* __restrict b, long b_row, float* __restrict c, long c_row) {
-  vf acc[M][N];
+// Where C goes: to rows of floats, or added to them.
+template <bool ADD>
+struct Sums {
+  float* data;
+  long row;
+  template <int N>
+  void put(int i, const vf (&sums)[N]) const {
 #pragma GCC unroll 8
-  for (int i = 0; i < M; i++)
+    for (int j = 0; j < N; j++) {
+      float* to = data + i * row + j * VL;
+      store(to, ADD ? load(to) + sums[j] : sums[j]);  // a short sum added to a long one: less rounding than one long chain
+    }
+  }
+};
+
+// Rows of the caller's, times a weight each; where `sums`, these are added before.
+template <class O>
+struct Results {
+  O* const* rows;
+  const float* weights;
+  int64_t column;
+  const float* sums;
+  long row;
+  bool stream;
+  template <int N>
+  void put(int i, const vf (&products)[N]) const {
+    vf weight = splat(weights[i]), x[N];
 #pragma GCC unroll 8
-    for (int j = 0; j < N; j++) acc[i][j] = vf{};
-  for (int k = 0; k < K; k++) {
+    for (int j = 0; j < N; j++) x[j] = (sums ? load(sums + i * row + j * VL) + products[j] : products[j]) * weight;
+    put_row(rows[i] + column, x, stream);
+  }
+};
+
+// C has M rows of N vectors.
+template <class E, int M, int N, class To>
+static void micro(int K, const float* __restrict a, long a_row, long a_col, const float* __restrict b, long b_row, const To& to) {
+  constexpr int chains = 2 * M * N <= 12 ? 2 : 1;  // a sum's next term waits for the one before: few sums are made in halves
+  vf acc[chains][M][N];
+#pragma GCC unroll 2
+  for (int h = 0; h < chains; h++)
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) acc[h][i][j] = vf{};
+  auto step = [&](vf(&to)[M][N]) {
     vf row[N];
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) row[j] = load(b + j * VL);
@@ -82,30 +141,37 @@ static void micro(int K, const float* __restrict a, long a_row, long a_col, cons
     for (int i = 0; i < M; i++) {
       vf x = splat(a[i * a_row]);
 #pragma GCC unroll 8
-      for (int j = 0; j < N; j++) acc[i][j] = E::madd(x, row[j], acc[i][j]);
+      for (int j = 0; j < N; j++) to[i][j] = E::madd(x, row[j], to[i][j]);
     }
     a += a_col;
+  };
+  int k = 0;
+  for (; k + chains <= K; k += chains)
+#pragma GCC unroll 2
+    for (int h = 0; h < chains; h++) step(acc[h]);
+  if (chains > 1) {
+    if (k < K) step(acc[0]);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) acc[0][i][j] += acc[chains - 1][i][j];
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 8
-    for (int j = 0; j < N; j++) {
-      float* to = c + i * c_row + j * VL;
-      store(to, ADD ? load(to) + acc[i][j] : acc[i][j]);  // a short sum added to a long one: less rounding than one long chain
-    }
+  for (int i = 0; i < M; i++) to.put(i, acc[0][i]);
 }
 
-typedef void Micro(int, const float*, long, long, const float*, long, float*, long);
-template <class E, bool ADD, size_t... i>
-static Micro* pick_micro(int rows, int vectors, std::index_sequence<i...>) {
-  static constexpr Micro* all[] = {micro<E, i / NV + 1, i % NV + 1, ADD>...};
+template <class To>
+using Micro = void(int, const float*, long, long, const float*, long, const To&);
+template <class E, class To, size_t... i>
+static Micro<To>* pick_micro(int rows, int vectors, std::index_sequence<i...>) {
+  static constexpr Micro<To>* all[] = {micro<E, i / NV + 1, i % NV + 1, To>...};
   return all[(rows - 1) * NV + vectors - 1];
 }
 
 // As micro, for 1 to MR rows and 1 to NV vectors.
-template <class E, bool ADD>
-static inline void multiply(int rows, int vectors, int K, const Left& a, const Right& b, float* c, long c_row) {
-  pick_micro<E, ADD>(rows, vectors, std::make_index_sequence<MR * NV>{})(K, a.data, a.row, a.column, b.data, b.row, c, c_row);
+template <class E, class To>
+static inline void multiply(int rows, int vectors, int K, const Left& a, const Right& b, const To& to) {
+  pick_micro<E, To>(rows, vectors, std::make_index_sequence<MR * NV>{})(K, a.data, a.row, a.column, b.data, b.row, to);
 }
 
 // The elements, and those that share a word with them, where these are allowed.
@@ -118,12 +184,20 @@ static inline Range whole_words(Range x, const Range& allowed) {
 
 // C = A B, or C += A B where `add`, over the elements [begin, end) of the axis that is summed over, at least one; `a` and `b` are at its element
 // 0. Of a word that is cut, the elements outside count as 0 in B, whatever they are; in A they must be finite.
-template <class E>
+template <class E, class Finish>
 static inline void multiply_elements(bool add, int rows, int vectors, int64_t begin, int64_t end, const Left& a, const Right& b, float* c,
-                                     long c_row) {
+                                     long c_row, const Finish& finish) {
+  if (finish.rows && (E::n == 1 || (begin % 2 == 0 && end % 2 == 0))) {
+    Finish x = finish;
+    if (!add) x.sums = nullptr;
+    begin /= E::n, end /= E::n;
+    multiply<E>(rows, vectors, (int)(end - begin), {a.data + begin * a.column, a.row, a.column}, {b.data + begin * b.row, b.row}, x);
+    return;
+  }
   auto words = [&](int64_t first, int64_t last, const Right& from) {
-    auto* product = add ? multiply<E, true> : multiply<E, false>;
-    product(rows, vectors, (int)(last - first), {a.data + first * a.column, a.row, a.column}, from, c, c_row);
+    Left left{a.data + first * a.column, a.row, a.column};
+    if (add) multiply<E>(rows, vectors, (int)(last - first), left, from, Sums<true>{c, c_row});
+    else multiply<E>(rows, vectors, (int)(last - first), left, from, Sums<false>{c, c_row});
     add = true;
   };
   int64_t first = (begin + E::n - 1) / E::n, last = end / E::n;

@@ -66,6 +66,16 @@ static inline vi inside(int c, int begin, int end) {
   return (at >= begin) & (at < end);
 }
 
+// As a function of the column: the lanes that lie in [begin, end), as a mask.
+class Inside {
+ public:
+  Inside(int begin, int end) : from_begin((vu)(iota() - begin)), count((uint32_t)(end > begin ? end - begin : 0)) {}
+  vi operator()(int c) const { return from_begin + (uint32_t)c < count; }
+ private:
+  vu from_begin;
+  uint32_t count;
+};
+
 // The lanes a0 b0 a1 b1 ... of the lower (HIGH: upper) halves of two vectors.
 template <bool HIGH, class V, class Lane, size_t... i>
 static inline V interleave_lanes(V a, V b, std::index_sequence<i...>) {
