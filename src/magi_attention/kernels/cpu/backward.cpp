@@ -91,8 +91,8 @@ struct Kernel {
       if constexpr (E::n == 1) {
         store(score + c, of[0].prob);
       } else {
-        store(score + c, E::zip(of[0].prob, of[1].prob));
-        store(score + LEAD + c, E::zip(of[0].dscore, of[1].dscore));
+        store(score + c, E::word({of[0].prob, of[1].prob}));
+        store(score + LEAD + c, E::word({of[0].dscore, of[1].dscore}));
       }
     };
     full_begin = std::min(end, (full_begin + VL - 1) / VL * VL), full_end = full_end / VL * VL;
@@ -136,7 +136,7 @@ struct Kernel {
     auto along = [&](const float* rows, const Columns<E>& columns, const float* panels, float* to) {
       each_panel(strips, [&](int c, int vectors, const Strip& strip) {
         multiply<E>(strip.rows, vectors, (int)columns.words, {rows + strip.row * columns.stride, columns.stride, 1},
-                           {panels + c / NR * NR * columns.stride + c % NR, NR}, Sums<false>{to + strip.row * LEAD + c, LEAD});
+                           {panels + c / NR * NR * columns.stride + c % NR, NR}, Sums{to + strip.row * LEAD + c, LEAD, false});
         fetch_some();
       });
     };
@@ -162,8 +162,8 @@ struct Kernel {
     for (int64_t c = 0; c < s.in.padded; c += NR)
       for (const Strip& strip : strips) {
         Range used = whole_words<E>({strip.begin, strip.end}, keys);
-        multiply_elements<E>(false, strip.rows, s.in.vectors(c), used.begin, used.end, {s.dscores + strip.row * LEAD, LEAD, 1}, k.at(c),
-                             s.dq + strip.row * s.in.padded + c, s.in.padded, Results<float>{});
+        multiply_elements<E>(strip.rows, s.in.vectors(c), used, {s.dscores + strip.row * LEAD, LEAD, 1}, k.at(c),
+                             Sums{s.dq + strip.row * s.in.padded + c, (long)s.in.padded, false});
         between();
       }
     const float* from = s.dq;
@@ -206,8 +206,8 @@ struct Kernel {
         int num = std::min(MR, key_end - c);
         Range used = rows_of(c, num);
         if (used.empty()) continue;
-        multiply_elements<E>(true, num, columns.vectors(e), used.begin, used.end, {weights + c, 1, E::n * LEAD}, rows.at(e),
-                             sums + c * columns.padded + e, columns.padded, Results<float>{});
+        multiply_elements<E>(num, columns.vectors(e), used, {weights + c, 1, E::n * LEAD}, rows.at(e),
+                             Sums{sums + c * columns.padded + e, (long)columns.padded, true});
         between();
       }
   }
@@ -225,9 +225,9 @@ struct Kernel {
     Across k{};
     if (!packed.empty()) {
       int first = (int)packed.begin, last = (int)packed.end;
-      pack_along<E>(word_rows<T>(p.k, keys.begin, kv, first, last, s.in, s.k_rows), s.in, first, last, s.k_along);
+      pack_along<E, NR>(word_rows<T>(p.k, keys.begin, kv, first, last, s.in, s.k_rows), s.in, first, last, s.k_along);
       k = rows_across<T>(p.k, keys.begin, kv, first, last, s.in, s.k_rows, s.k_across);
-      pack_along<E>(word_rows<T>(p.v, keys.begin, kv, first, last, s.out, s.v_rows), s.out, first, last, s.v_along);
+      pack_along<E, NR>(word_rows<T>(p.v, keys.begin, kv, first, last, s.out, s.v_rows), s.out, first, last, s.v_along);
     }
     each_band(number, [&](const Band& band, const Range& q) {
       each_tile(band, q.begin, q.end, group(), keys, [&](const BandTile& x) { tile(x, kv, part, k, packed); });

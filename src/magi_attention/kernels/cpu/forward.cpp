@@ -5,29 +5,39 @@
 #include <new>
 
 #include "attention.h"
-#include "bands.h"
+#include "lanes.h"
 #include "pack.h"
 
 namespace {
 
 constexpr int64_t ROWS_WANTED = 480;  // of a stretch: they pay for packing, and their outputs stay in the caches
-constexpr int64_t PIECE_Q = 60;       // queries of a piece of a stretch
+constexpr int64_t FETCHED = 2 * LANES;  // rows of the next stretch, while one is computed
+constexpr int64_t PIECE_Q = LANES;    // queries of a piece of a stretch: whole tiles, whatever the heads of a group
 
 // One piece of a stretch against one block of keys, by one band.
 struct Job { int32_t block, piece; int64_t band; };
 
 enum class State : char { EMPTY, SUMS, WRITTEN };
 
+// A tile of a stretch, which has LANES places for its rows from `place` on. Row 0 is the head `skipped` of query `a`.
+struct Tile {
+  int64_t a, place;
+  int skipped, rows, piece;
+  bool packed;
+};
+
 // What a worker needs for a stretch. Logits are in units of log 2.
 struct Scratch {
-  Buffer k_rows, v_rows, keys, values, q, scores, out, top, total, sums, lse, weights, raw_top;  // total: VL partial sums a row, for sums
+  Buffer k_rows, v_rows, values, q_rows, q, scores, out, top, total, lse, weights, raw_top;
   std::vector<State> states;  // of rows of out
   std::vector<Job> jobs;
+  std::vector<Tile> tiles;
+  std::vector<int> first_tile;  // of each piece
   template <class E>
-  Scratch(const Columns<E>& k, const Columns<E>& v, int64_t rows, int64_t max_jobs)
-      : k_rows(BLOCK_K * k.stride), v_rows(BLOCK_K * v.stride), keys(BLOCK_K * k.stride), values(v.across(BLOCK_K)),
-        q(TILE_ROWS * k.stride), scores(TILE_ROWS * LEAD), out(rows * v.padded), top(rows + VL), total((rows + VL) * VL), sums(rows + VL),
-        lse(rows + VL), weights(rows + VL), raw_top(rows), states(rows) {
+  Scratch(const Columns<E>& k, const Columns<E>& v, int64_t places, int64_t max_jobs)
+      : k_rows(BLOCK_K * k.stride), v_rows(BLOCK_K * v.stride), values(v.across(BLOCK_K)), q_rows(VL * k.stride), q(places * k.stride),
+        scores(BLOCK_K * LANES), out(places * v.padded), top(places), total(places), lse(places), weights(places), raw_top(places),
+        states(places) {
     jobs.reserve(max_jobs);
   }
 };
@@ -43,7 +53,7 @@ struct Kernel {
   const Pieces &pieces, &blocks;  // of queries, of keys
   const PieceBands& index;
   const std::vector<int64_t>& stretches;  // stretch i is pieces [i, i + 1) of these
-  bool streams;
+  bool streams, leaves;  // results: past the caches, as they are made
   Columns<E> k_columns{p.d}, v_columns{p.dv};
 
   int group() const { return (int)(p.hq / p.hk); }
@@ -78,18 +88,17 @@ struct Kernel {
   struct Stretch {
     const Kernel& kernel;
     Scratch& s;
-    int64_t q0, q1, kv;
-    Rows<T> next_q, next_k, next_v;  // what the next stretch begins with
-    int64_t left = rows();           // rows that are not yet written
-
-    int64_t rows() const { return (q1 - q0) * kernel.group(); }
+    int64_t first_piece, last_piece, kv;
+    Rows<T> q_ahead, next_q, next_k, next_v;  // of this stretch, and what the next one begins with
+    int64_t places = 0, packed_rows = 0, left = 0;  // left: rows that are not yet written
 
     void run(int64_t stretch) {
       const auto& k = kernel;
-      std::fill(s.top + 0, s.top + rows(), -INFINITY);
-      std::fill(s.raw_top + 0, s.raw_top + rows(), -INFINITY);
-      std::fill(s.total + 0, s.total + rows() * VL, 0.f);
-      std::fill(s.states.begin(), s.states.end(), State::EMPTY);
+      make_tiles();
+      std::fill(s.top + 0, s.top + places, -INFINITY);
+      std::fill(s.raw_top + 0, s.raw_top + places, -INFINITY);
+      std::fill(s.total + 0, s.total + places, 0.f);
+      std::fill_n(s.states.begin(), places, State::EMPTY);
       s.jobs.clear();
       k.each_job(stretch, [&](const Job& job) { s.jobs.push_back(job); });
       std::sort(s.jobs.begin(), s.jobs.end(), [](const Job& x, const Job& y) {
@@ -102,17 +111,33 @@ struct Kernel {
           if (!x.empty()) packed = {std::min(packed.begin, x.begin), std::max(packed.end, x.end)};
         }
         if (packed.empty()) continue;
-        packed.begin -= keys.begin, packed.end -= keys.begin;
-        Across values = pack(keys.begin, packed);
+        int begin = (int)(packed.begin - keys.begin), end = (int)(packed.end - keys.begin);
+        Left key_rows = left_rows<T>(k.p.k, keys.begin, kv, begin, end, k.k_columns, s.k_rows);
+        Across values = rows_across<T>(k.p.v, keys.begin, kv, begin, end, k.v_columns, s.v_rows, s.values);
         for (size_t i = first; i < last; i++) {
-          Range q = k.queries_of(s.jobs[i]);
+          const Job& job = s.jobs[i];
           bool is_last = is_last_of_piece(i);
-          each_tile(k.p.bands[s.jobs[i].band], q.begin, q.end, k.group(), keys,
-                    [&](const BandTile& x) { attend(x, {x.left(q.begin), x.right(q.end - 1)}, values, is_last); });
+          int64_t piece = job.piece - first_piece;
+          for (int t = s.first_tile[piece]; t < s.first_tile[piece + 1]; t++) attend(s.tiles[t], job, keys, key_rows, values, is_last);
         }
       }
       finish();
       finish_streams();
+    }
+
+    void make_tiles() {
+      const auto& k = kernel;
+      int group = k.group();
+      s.tiles.clear(), s.first_tile.clear();
+      for (int64_t piece = first_piece; piece < last_piece; piece++) {
+        s.first_tile.push_back((int)s.tiles.size());
+        Range q = k.pieces[piece];
+        int64_t rows = (q.end - q.begin) * group;
+        for (int64_t row = 0; row < rows; row += LANES, places += LANES)
+          s.tiles.push_back({q.begin + row / group, places, (int)(row % group), (int)std::min<int64_t>(LANES, rows - row), (int)piece, false});
+        left += rows;
+      }
+      s.first_tile.push_back((int)s.tiles.size());
     }
 
     bool is_last_of_piece(size_t job) const {
@@ -120,62 +145,88 @@ struct Kernel {
       return std::none_of(s.jobs.begin() + job + 1, s.jobs.end(), same);
     }
 
-    // Of the block that begins at key kb, the keys `packed`; returns the values.
-    Across pack(int64_t kb, const Range& packed) const {
-      const auto& k = kernel;
-      int begin = (int)packed.begin, end = (int)packed.end;
-      pack_along<E>(word_rows<T>(k.p.k, kb, kv, begin, end, k.k_columns, s.k_rows), k.k_columns, begin, end, s.keys);
-      return rows_across<T>(k.p.v, kb, kv, begin, end, k.v_columns, s.v_rows, s.values);
+    // Rows that will be needed, brought nearer between products.
+    void fetch_some() {
+      fetch(q_ahead.any() ? q_ahead : next_q, 3, kernel.p.d);
+      fetch(next_k, 1, kernel.p.d), fetch(next_v, 1, kernel.p.dv);
     }
 
-    // `keys`: those that the job attends. `is_last`: nothing comes after it for these rows, so that their results are written while others are
-    // computed.
-    void attend(const BandTile& x, const Range& keys, const Across& values, bool is_last) {
+    // `is_last`: nothing comes after it for these rows, so that results leave with the last product.
+    void attend(Tile& tile, const Job& job, const Range& keys, const Left& key_rows, const Across& values, bool is_last) {
       const auto& k = kernel;
       const Columns<E>&in = k.k_columns, &out = k.v_columns;
-      Strips strips(x);
-      if (!strips.count) return;
-      int64_t head = kv * k.group(), to = (x.a - q0) * k.group() + x.skipped, after = std::min<int64_t>(TILE_ROWS, rows() - to - x.rows);
-      Rows<T> rows(k.p.q, x.a, head, k.group(), x.skipped, x.rows), later(k.p.q, x.a, head, k.group(), x.skipped, x.rows + after);
-      later.skip(x.rows);
-      auto fetch_some = [&] {
-        if (later.any()) fetch(later, 2, in.count);
-        else fetch(next_q, 2, in.count);
-        fetch(next_k, 1, in.count), fetch(next_v, 1, out.count);
-      };
-      copy_rows<T, E, false>(rows, in, s.q);
-      each_panel(strips, [&](int c, int vectors, const Strip& strip) {
-        multiply<E>(strip.rows, vectors, (int)in.words, {s.q + strip.row * in.stride, in.stride, 1},
-                           {s.keys + c / NR * NR * in.stride + c % NR, NR}, Sums<false>{s.scores + strip.row * LEAD + c, LEAD});
-        fetch_some();
-      });
-      soften(strips, to, is_last);
-      bool add[TILE_ROWS / MR];
-      for (int i = 0; i < strips.count; i++) add[i] = prepare(to + strips.at[i].row, strips.at[i].rows);
-      T* result[TILE_ROWS];
-      if (is_last) {
-        int64_t at = row_at(x.a);
-        for (int row = 0, g = x.skipped; row < x.rows; row++) {
-          result[row] = (T*)(k.o.out_wide ? k.o.out_wide : k.o.out_narrow) + (at + g) * k.p.dv;
-          k.o.lse[at + g] = s.lse[to + row];
-          if (++g == x.group) g = 0, at += k.p.hq;
-        }
-      }
-      for (int64_t c = 0; c < out.padded; c += NR)
-        for (int i = 0; i < strips.count; i++) {
-          const Strip& strip = strips.at[i];
-          Range used = whole_words<E>({strip.begin, strip.end}, keys);
-          float* sums = s.out + (to + strip.row) * out.padded + c;
-          multiply_elements<E>(add[i], strip.rows, out.vectors(c), used.begin, used.end, {s.scores + strip.row * LEAD, LEAD, 1}, values.at(c),
-                               sums, out.padded, Results<T>{is_last ? result + strip.row : nullptr, s.weights + to + strip.row, c, sums, (long)out.padded, k.streams});
+      int group = k.group();
+      Range queries = k.queries_of(job);
+      LaneSpans x(k.p.bands[job.band], queries, keys, tile.a, tile.skipped, tile.rows, group);
+      if (!x.any()) return;
+      float* q = s.q + tile.place * in.stride;
+      if (!tile.packed) pack(tile, q);
+      for (int c = x.first; c < x.last; c += MR) {
+        int rows = std::min(MR, x.last - c), begin = 0, end = VECTORS;
+        auto attends = [&](int v) { return x.vectors[v].begin < c + rows && x.vectors[v].end > c; };
+        while (begin < end && !attends(begin)) begin++;
+        while (begin < end && !attends(end - 1)) end--;
+        for (int v = begin; v < end; v += PANEL - v % PANEL) {
+          int vectors = std::min(end, v / PANEL * PANEL + PANEL) - v;
+          multiply<E>(rows, vectors, (int)in.words, {key_rows.data + c * key_rows.row, key_rows.row, 1},
+                      {q + v / PANEL * PANEL * VL * in.stride + v % PANEL * VL, PANEL * VL}, Sums{s.scores + c * LANES + v * VL, LANES, false});
           fetch_some();
         }
-      if (is_last) {
-        for (auto& strip : strips) {
-          std::fill_n(s.states.data() + to + strip.row, strip.rows, State::WRITTEN);
-          left -= strip.rows;
-        }
       }
+      Softmax<E> softmax{k.p.scale, k.p.softcap};
+      for (int v = 0; v < VECTORS; v++) {
+        int64_t at = tile.place + v * VL;
+        if (x.vectors[v].begin >= x.vectors[v].end) continue;
+        vf top = raise_tops(at, softmax.top(x, v, s.scores, s.raw_top + at));
+        store(s.total + at, load(s.total + at) + softmax.soften(x, v, s.scores, top));
+        if (is_last && k.leaves) sum_up(at);
+      }
+      Range allowed = k.keys_of(job);
+      allowed = {allowed.begin - keys.begin, allowed.end - keys.begin};
+      bool adds[LANES / MR], leaves = is_last && k.leaves;
+      T* results[LANES];
+      if (leaves) place_results(tile, results);
+      for (int64_t c = 0; c < out.padded; c += NR)
+        for (int row = 0; row < tile.rows; row += MR) {
+          Span attended = x.strips[row / MR];
+          if (attended.begin >= attended.end) continue;
+          int rows = std::min(MR, tile.rows - row);
+          bool add = c ? adds[row / MR] : (adds[row / MR] = prepare(tile.place + row, rows));
+          Range used = whole_words<E>({attended.begin, attended.end}, allowed);
+          Sums sums{s.out + (tile.place + row) * out.padded + c, (long)out.padded, add};
+          Left probs{s.scores + row, 1, LANES};
+          if constexpr (leaves_as<E, T>) {
+            Results<T> to{sums, s.weights + tile.place + row, results + row, c, k.streams};
+            multiply_elements<E>(rows, out.vectors(c), used, probs, values.at(c), sums, leaves ? &to : nullptr);
+          } else {
+            multiply_elements<E>(rows, out.vectors(c), used, probs, values.at(c), sums);
+          }
+          fetch_some();
+        }
+      if (leaves)
+        for (int row = 0; row < tile.rows; row += MR) {
+          if (x.strips[row / MR].begin >= x.strips[row / MR].end) continue;
+          int rows = std::min(MR, tile.rows - row);
+          std::fill_n(s.states.data() + tile.place + row, rows, State::WRITTEN), left -= rows;
+        }
+    }
+
+    void place_results(const Tile& tile, T** results) const {
+      const auto& k = kernel;
+      int64_t at = row_at(tile.a);
+      for (int row = 0, g = tile.skipped; row < tile.rows; row++) {
+        results[row] = (T*)(k.o.out_wide ? k.o.out_wide : k.o.out_narrow) + (at + g) * k.p.dv;
+        k.o.lse[at + g] = s.lse[tile.place + row];
+        if (++g == k.group()) g = 0, at += k.p.hq;
+      }
+    }
+
+    // The queries of a tile, at its first use.
+    void pack(Tile& tile, float* to) {
+      const auto& k = kernel;
+      Rows<T> rows(k.p.q, tile.a, kv * k.group(), k.group(), tile.skipped, tile.rows);
+      pack_tile<T, E, PANEL * VL>(rows, tile.rows, k.k_columns, s.q_rows, to);
+      tile.packed = true;
     }
 
     // Whether rows of out are to be added to; those that hold nothing yet then become 0.
@@ -191,102 +242,42 @@ struct Kernel {
 
     void clear(int64_t j) const { std::fill_n(s.out + j * kernel.v_columns.padded, kernel.v_columns.padded, 0.f); }
 
-    // Scores to probabilities, in place, as words, and to sums. Row 0 of the tile is row `to` of the stretch. VL rows at a time, all over the same
-    // columns: their maxima are folded together, and are there before the first exponential.
-    void soften(const Strips& strips, int64_t to, bool is_last) const {
-      const Problem& p = kernel.p;
-      bool capped = p.softcap > 0;
-      float factor = capped ? LOG2E : p.scale * LOG2E;
-      const Strip& final = strips.end()[-1];
-      for (int row = strips.begin()->row, end = final.row + final.rows; row < end; row += VL) {
-        int num = std::min(VL, end - row);
-        const Span* spans = strips.rows + row;
-        RowVectors vectors(spans, num);
-        float* scores = s.scores + row * LEAD;
-        vf highest[VL];
-        for (int i = 0; i < VL; i++) highest[i] = splat(-INFINITY);
-        for (int i = 0; i < num; i++) {
-          if (capped && spans[i].begin < spans[i].end) cap(to + row + i, scores + i * LEAD, spans[i]);
-          Inside attended(spans[i].begin, spans[i].end);
-          vectors.each([&](int c, auto partial) {
-            vf x = load(scores + i * LEAD + c) * factor;
-            if (partial) x = attended(c) ? x : splat(-INFINITY);
-            highest[i] = vmax(highest[i], x);
-          });
-        }
-        raise_tops(to + row, num, fold_rows(highest, vmax));
-        for (int i = 0; i < num; i++) {
-          int64_t j = to + row + i;
-          vf top = splat(s.top[j]), sums = load(s.total + j * VL);
-          Inside attended(spans[i].begin, spans[i].end);
-          vectors.each([&](int c, auto partial) {
-            vf e = exp2v(rounded(load(scores + i * LEAD + c) * factor) - top);  // as for the maximum: the largest less itself must be 0
-            if (partial) e = attended(c) ? e : vf{};
-            sums += e;
-            E::put(scores + i * LEAD, c, e);
-          });
-          store(s.total + j * VL, sums);
-        }
-        if (is_last) sum_up(to + row);
-      }
-    }
-
-    // Where maxima rise, what was summed up before shrinks.
-    void raise_tops(int64_t j, int num, vf highest) const {
+    // Where maxima rise, what was summed up before shrinks. Returns the maxima.
+    vf raise_tops(int64_t j, vf highest) const {
       vf before = load(s.top + j);
       vi shrinks = (highest > before) & (before > -INFINITY);
-      store(s.top + j, highest > before ? highest : before);
-      if (!any(shrinks)) return;
-      for (int i = 0; i < num; i++) {
-        if (!shrinks[i]) continue;
-        float shrink = std::exp2(before[i] - highest[i]), *total = s.total + (j + i) * VL, *out = s.out + (j + i) * kernel.v_columns.padded;
-        store(total, load(total) * shrink);
-        for (int64_t e = 0; e < kernel.v_columns.padded; e += VL) store(out + e, load(out + e) * shrink);
+      vf top = highest > before ? highest : before;
+      store(s.top + j, top);
+      if (!any(shrinks)) return top;
+      vf shrink = shrinks ? exp2v(before - highest) : splat(1.f);
+      store(s.total + j, load(s.total + j) * shrink);
+      for (int i = 0; i < VL; i++) {
+        if (!shrinks[i] || s.states[j + i] == State::EMPTY) continue;
+        float* out = s.out + (j + i) * kernel.v_columns.padded;
+        for (int64_t e = 0; e < kernel.v_columns.padded; e += VL) store(out + e, load(out + e) * shrink[i]);
       }
+      return top;
     }
 
-    void cap(int64_t j, float* row, Span span) const {
-      const Problem& p = kernel.p;
-      vf raw = splat(-INFINITY);
-      for (int c = span.begin / VL * VL; c < span.end; c += VL) {
-        vf x = load(row + c) * p.scale;
-        raw = vmax(raw, inside(c, span.begin, span.end) ? x : splat(-INFINITY));
-        store(row + c, tanhv(x * (1.f / p.softcap)) * p.softcap);
-      }
-      s.raw_top[j] = std::max(s.raw_top[j], largest(raw) * LOG2E);
-    }
-
-    // What is left of VL rows from row j on when all is summed up.
+    // What is left of VL rows when all is summed up.
     void sum_up(int64_t j) const {
-      vf sums = sums_of(s.total + j * VL);
-      store(s.sums + j, sums);
+      vf sums = load(s.total + j);
       store(s.lse + j, sums != 0.f ? (load(s.top + j) + log2v(sums)) * LN2 : splat(-INFINITY));
       store(s.weights + j, sums != 0.f ? 1.f / sums : vf{});
     }
 
-    // Results of a strip of a tile whose row 0 is row `to` of the stretch.
-    void finish(const BandTile& x, const Strip& strip, int64_t to) {
-      int64_t at = row_at(x.query(strip.row));
-      int g = (x.skipped + strip.row) % x.group;
-      for (int row = strip.row; row < strip.row + strip.rows; row++) {
-        finish_row(to + row, at + g);
-        if (++g == x.group) g = 0, at += kernel.p.hq;
-      }
-      std::fill_n(s.states.data() + to + strip.row, strip.rows, State::WRITTEN);
-      left -= strip.rows;
-    }
-
     // Results of the rows that are left.
     void finish() const {
-      int64_t j = 0, done = 0;
-      for (int64_t q = q0; left && q < q1; q++)
-        for (int g = 0; g < kernel.group(); g++, j++) {
-          if (s.states[j] == State::WRITTEN) continue;
+      if (!left) return;
+      for (int64_t j = 0; j < places; j += VL) sum_up(j);
+      for (const Tile& tile : s.tiles) {
+        int64_t at = row_at(tile.a), j = tile.place;
+        for (int row = 0, g = tile.skipped; row < tile.rows; row++, j++) {
           if (s.states[j] == State::EMPTY) clear(j);
-          for (; done <= j; done += VL)
-            if (done + VL > j) sum_up(done);
-          finish_row(j, row_at(q) + g);
+          if (s.states[j] != State::WRITTEN) finish_row(j, at + g);
+          if (++g == kernel.group()) g = 0, at += kernel.p.hq;
         }
+      }
     }
 
     // Row of the outputs of a query and the first head.
@@ -313,13 +304,15 @@ struct Kernel {
     }
 
     // The largest logit of a head, times log2 e, before the softcap. A NaN among them is in its row's total.
-    float top_of(int64_t g) const {
+    float top_of(int64_t head) const {
       float top = -INFINITY;
       bool capped = kernel.p.softcap > 0;
-      for (int64_t j = g; j < rows(); j += kernel.group()) {
-        float total = s.sums[j];
-        top = larger(top, std::isnan(total) ? total : capped ? s.raw_top[j] : s.top[j]);
-      }
+      int group = kernel.group();
+      for (const Tile& tile : s.tiles)
+        for (int64_t row = (head - tile.skipped + group) % group; row < tile.rows; row += group) {
+          int64_t j = tile.place + row;
+          top = larger(top, std::isnan(s.total[j]) ? s.total[j] : capped ? s.raw_top[j] : s.top[j]);
+        }
       return top;
     }
   };
@@ -343,13 +336,14 @@ void run(const Problem& p, const ForwardOutput& o) {
   std::vector<int64_t> stretches = make_stretches(p, pieces);
   void* out = o.out_wide ? o.out_wide : o.out_narrow;
   int64_t row = p.dv * (int64_t)(o.out_wide ? sizeof(float) : sizeof(T)), size = p.num_q * p.hq * row;
-  Kernel<T> kernel{p, o, pieces, blocks, index, stretches, to_stream(out, row, size)};
+  bool leaves = !o.merge && p.dv % VL == 0 && leaves_as<typename ProductOf<T>::type, T> && (std::is_same<T, float>::value || !o.out_wide);
+  Kernel<T> kernel{p, o, pieces, blocks, index, stretches, to_stream(out, row, size), leaves};
   int64_t num_stretches = (int64_t)stretches.size() - 1, count = num_stretches * p.hk, group = kernel.group();
 
   // Longest stretches first, the kv heads of one together.
   std::vector<int64_t> work(num_stretches, 0), order(num_stretches);
   std::vector<Range> first_keys(num_stretches, {0, 0});
-  int64_t queries = 0;
+  int64_t places = 0;
   for (int64_t i = 0; i < num_stretches; i++) {
     order[i] = i;
     int64_t first_block = blocks.count();
@@ -361,22 +355,28 @@ void run(const Problem& p, const ForwardOutput& o) {
       if (job.block < first_block) first_block = job.block, to = keys;
       else to = {std::min(to.begin, keys.begin), std::max(to.end, keys.end)};
     });
-    queries = std::max(queries, pieces[stretches[i + 1] - 1].end - pieces[stretches[i]].begin);
+    int64_t own = 0;
+    for (int64_t piece = stretches[i]; piece < stretches[i + 1]; piece++)
+      own += ceil_div((pieces[piece].end - pieces[piece].begin) * group, LANES) * LANES;
+    places = std::max(places, own);
   }
   std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return work[x] > work[y]; });
 
   if (!o.merge) prefer_large_pages(out, size);
   std::vector<float> tops(o.max_logits ? num_stretches * p.hq : 0, -INFINITY);
   std::vector<std::unique_ptr<Scratch>> scratch(std::min<int64_t>(p.threads, count));
-  for (auto& s : scratch) s = std::make_unique<Scratch>(kernel.k_columns, kernel.v_columns, group * queries, work[order[0]]);
+  for (auto& s : scratch) s = std::make_unique<Scratch>(kernel.k_columns, kernel.v_columns, places, work[order[0]]);
   parallel(count, p.threads, [&](int64_t task, int worker) {
     int64_t i = order[task / p.hk];
     int64_t next = order[std::min(count - 1, task + 1) / p.hk], next_kv = (task + 1) % p.hk, next_q = pieces[stretches[next]].begin;
     Range next_keys = first_keys[next];
-    typename Kernel<T>::Stretch stretch{kernel, *scratch[worker], pieces[stretches[i]].begin, pieces[stretches[i + 1] - 1].end, task % p.hk,
-                                        {p.q, next_q, next_kv * group, (int)group, 0, std::min<int64_t>(TILE_ROWS, (p.num_q - next_q) * group)},
+    int64_t begin = pieces[stretches[i]].begin, end = pieces[stretches[i + 1] - 1].end, kv = task % p.hk;
+    typename Kernel<T>::Stretch stretch{kernel, *scratch[worker], stretches[i], stretches[i + 1], kv,
+                                        {p.q, begin, kv * group, (int)group, 0, (end - begin) * group},
+                                        {p.q, next_q, next_kv * group, (int)group, 0, std::min<int64_t>(FETCHED, (p.num_q - next_q) * group)},
                                         {p.k, next_keys.begin, next_kv, 1, 0, next_keys.end - next_keys.begin},
                                         {p.v, next_keys.begin, next_kv, 1, 0, next_keys.end - next_keys.begin}};
+    stretch.q_ahead.skip(FETCHED);
     stretch.run(i);
     if (o.max_logits)
       for (int64_t g = 0; g < group; g++) tops[i * p.hq + stretch.kv * group + g] = stretch.top_of(g) * LN2;
@@ -392,5 +392,5 @@ void run(const Problem& p, const ForwardOutput& o) {
 void forward(const Problem& p, const ForwardOutput& o) {
   if (p.dtype == 0) run<float>(p, o);
   else if (p.dtype == 1) run<bf16>(p, o);
-
+  else run<fp16>(p, o);
 }

@@ -100,35 +100,77 @@ static __attribute__((noinline)) void copy_rows(Rows<T> rows, const Columns<E>& 
 struct WordRows {
   const char* data;
   int64_t apart;
-  vf at(int64_t row, int64_t word) const {
+  const char* row(int64_t i) const { return data + i * apart; }
+  vf at(int64_t i, int64_t word) const {
     vf x;
-    memcpy(&x, data + row * apart + word * (int64_t)sizeof(float), sizeof x);
+    memcpy(&x, row(i) + word * (int64_t)sizeof(float), sizeof x);
     return x;
   }
 };
 
+// Whether the words of a row of T are what is multiplied.
+template <class T, class E>
+constexpr bool are_words = sizeof(T) * E::n == sizeof(float);
+
 // Of one head, rows [begin, end) counted from a token; where they are copied, to row `begin` of `copy` on.
 template <class T, class E>
 static inline WordRows word_rows(const View& x, int64_t token, int64_t head, int begin, int end, const Columns<E>& columns, float* copy) {
-  if (sizeof(T) * E::n == sizeof(float) && columns.count % (VL * E::n) == 0)
+  if (are_words<T, E> && columns.count % (VL * E::n) == 0)
     return {(const char*)row_of<T>(x, token, head), x.token * (int64_t)sizeof(T)};
   copy_rows<T, E>({x, token + begin, head, 1, 0, end - begin}, columns, copy + begin * columns.stride);
   return {(const char*)copy, columns.stride * (int64_t)sizeof(float)};
 }
 
+// The same as the left side of a product: whole words, and where words may be.
+template <class T, class E>
+static inline Left left_rows(const View& x, int64_t token, int64_t head, int begin, int end, const Columns<E>& columns, float* copy) {
+  const T* rows = row_of<T>(x, token, head);
+  if (are_words<T, E> && columns.count % E::n == 0 && x.token % E::n == 0 && (uintptr_t)rows % sizeof(float) == 0)
+    return {(const float*)rows, (long)(x.token / E::n), 1};
+  copy_rows<T, E>({x, token + begin, head, 1, 0, end - begin}, columns, copy + begin * columns.stride);
+  return {copy, (long)columns.stride, 1};
+}
+
+// VL rows of whole vectors of words, at `row(i)`, as columns of a panel of WIDTH.
+template <int WIDTH, class Row>
+static inline void pack_vector(const Row& row, int64_t words, float* to) {
+  for (int64_t w = 0; w < words; w += VL) {
+    vf square[VL];
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) memcpy(&square[i], row(i) + w * (int64_t)sizeof(float), sizeof(vf));
+    transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) store(to + (w + i) * WIDTH, square[i]);
+  }
+}
+
+// Rows of a tile, VL at a time, as columns of its panels; lanes past the last row hold it again.
+template <class T, class E, int WIDTH>
+static void pack_tile(Rows<T> rows, int count, const Columns<E>& columns, float* copy, float* to) {
+  bool in_place = are_words<T, E> && columns.count % (VL * E::n) == 0;
+  for (int t = 0; t < count; t += VL) {
+    const char* at[VL];
+    for (int i = 0; i < VL; i++) {
+      if (t + i >= count) {
+        at[i] = at[i - 1];
+      } else if (in_place) {
+        at[i] = (const char*)rows.next();
+      } else {
+        float* row = copy + i * columns.stride;
+        copy_row<T, E>(rows.next(), columns, row);
+        at[i] = (const char*)row;
+      }
+    }
+    pack_vector<WIDTH>([&](int i) { return at[i]; }, columns.stride, to + t / WIDTH * WIDTH * columns.stride + t % WIDTH);
+  }
+}
+
 // Of a block's rows, those of tokens [begin, end), at least one; lanes up to whole vectors hold any of them.
-template <class E>
+template <class E, int WIDTH>
 static void pack_along(const WordRows& rows, const Columns<E>& columns, int begin, int end, float* to) {
   for (int t = begin / VL * VL; t < end; t += VL)
-    for (int64_t w = 0; w < columns.stride; w += VL) {
-      vf square[VL];
-#pragma GCC unroll 16
-      for (int i = 0; i < VL; i++) square[i] = rows.at(std::min(std::max(t + i, begin), end - 1), w);
-      transpose(square);
-      float* dst = to + t / NR * NR * columns.stride + w * NR + t % NR;
-#pragma GCC unroll 16
-      for (int i = 0; i < VL; i++) store(dst + i * NR, square[i]);
-    }
+    pack_vector<WIDTH>([&](int i) { return rows.row(std::min(std::max(t + i, begin), end - 1)); }, columns.stride,
+                       to + t / WIDTH * WIDTH * columns.stride + t % WIDTH);
 }
 
 // Rows as B of a product that sums over tokens, by panels of columns.

@@ -20,6 +20,8 @@ struct Single {
   static vf madd(vf a, vf b, vf c) { return c + a * b; }
   // VL columns from column c of a row.
   static void put(float* row, int c, vf x) { store(row + c, x); }
+  // The words of the elements that share one, column by column.
+  static vf word(const vf (&x)[1]) { return x[0]; }
 };
 
 #if defined(NATIVE_BF16)
@@ -43,8 +45,7 @@ struct Pairs {
     Halves halves = round(x);
     memcpy((char*)row + 2 * c, &halves, sizeof halves);
   }
-  // The words of two neighbours, column by column.
-  static vf zip(vf even, vf odd) { return (vf)(widen(round(even)) | widen(round(odd)) << 16); }
+  static vf word(const vf (&x)[2]) { return (vf)(widen(round(x[0])) | widen(round(x[1])) << 16); }
 };
 #endif
 
@@ -54,6 +55,7 @@ template <class T> struct ProductOf { typedef Single type; };
 template <> struct ProductOf<bf16> { typedef Pairs type; };
 #endif
 
+// Whole vectors to a row of T; `stream`: past the caches.
 template <int N>
 static inline void put_row(float* to, const vf (&x)[N], bool stream) {
 #pragma GCC unroll 8
@@ -62,20 +64,26 @@ static inline void put_row(float* to, const vf (&x)[N], bool stream) {
     else store(to + j * VL, x[j]);
   }
 }
+#if defined(NATIVE_BF16)
 template <int N>
 static inline void put_row(bf16* to, const vf (&x)[N], bool stream) {
-  if constexpr (N % 2 == 0) {
+  Pairs::Halves halves[N];
 #pragma GCC unroll 8
-    for (int j = 0; j < N; j += 2) {
-      __m512i line = (__m512i)_mm512_cvtne2ps_pbh((__m512)x[j + 1], (__m512)x[j]);
-      if (stream) _mm512_stream_si512((__m512i*)(to + j * VL), line);
-      else _mm512_storeu_si512(to + j * VL, line);
-    }
+  for (int j = 0; j < N; j++) halves[j] = Pairs::round(x[j]);
+  if (stream && sizeof halves % LINE == 0) {
+#pragma GCC unroll 8
+    for (size_t at = 0; at < sizeof halves; at += LINE) stream_line((char*)to + at, (char*)halves + at);
   } else {
-#pragma GCC unroll 8
-    for (int j = 0; j < N; j++) _mm256_storeu_si256((__m256i*)(to + j * VL), (__m256i)_mm512_cvtneps_pbh((__m512)x[j]));
+    memcpy(to, halves, sizeof halves);
   }
 }
+#endif
+
+// Whether results of type T may leave a product as they are made.
+template <class E, class T> constexpr bool leaves_as = std::is_same<T, float>::value && E::n == 1;
+#if defined(NATIVE_BF16)
+template <> constexpr bool leaves_as<Pairs, bf16> = true;
+#endif
 
 // A: the word (i, k) is data[i * row + k * column].
 struct Left {
@@ -89,34 +97,32 @@ struct Right {
 };
 
 // Where C goes: to rows of floats, or added to them.
-template <bool ADD>
 struct Sums {
   float* data;
   long row;
+  bool add;
   template <int N>
-  void put(int i, const vf (&sums)[N]) const {
+  void put(int i, const vf (&products)[N]) const {
+    float* to = data + i * row;
 #pragma GCC unroll 8
-    for (int j = 0; j < N; j++) {
-      float* to = data + i * row + j * VL;
-      store(to, ADD ? load(to) + sums[j] : sums[j]);  // a short sum added to a long one: less rounding than one long chain
-    }
+    for (int j = 0; j < N; j++)
+      store(to + j * VL, add ? load(to + j * VL) + products[j] : products[j]);  // a short sum added to a long one: less rounding than one long chain
   }
 };
 
-// Rows of the caller's, times a weight each; where `sums`, these are added before.
-template <class O>
+// Where C goes: with what `sums` hold where `add`, times a weight for each row, to rows of the caller's.
+template <class T>
 struct Results {
-  O* const* rows;
+  Sums sums;
   const float* weights;
+  T* const* rows;
   int64_t column;
-  const float* sums;
-  long row;
   bool stream;
   template <int N>
   void put(int i, const vf (&products)[N]) const {
     vf weight = splat(weights[i]), x[N];
 #pragma GCC unroll 8
-    for (int j = 0; j < N; j++) x[j] = (sums ? load(sums + i * row + j * VL) + products[j] : products[j]) * weight;
+    for (int j = 0; j < N; j++) x[j] = (sums.add ? load(sums.data + i * sums.row + j * VL) + products[j] : products[j]) * weight;
     put_row(rows[i] + column, x, stream);
   }
 };
@@ -182,33 +188,27 @@ static inline Range whole_words(Range x, const Range& allowed) {
   return x;
 }
 
-// C = A B, or C += A B where `add`, over the elements [begin, end) of the axis that is summed over, at least one; `a` and `b` are at its element
-// 0. Of a word that is cut, the elements outside count as 0 in B, whatever they are; in A they must be finite.
-template <class E, class Finish>
-static inline void multiply_elements(bool add, int rows, int vectors, int64_t begin, int64_t end, const Left& a, const Right& b, float* c,
-                                     long c_row, const Finish& finish) {
-  if (finish.rows && (E::n == 1 || (begin % 2 == 0 && end % 2 == 0))) {
-    Finish x = finish;
-    if (!add) x.sums = nullptr;
-    begin /= E::n, end /= E::n;
-    multiply<E>(rows, vectors, (int)(end - begin), {a.data + begin * a.column, a.row, a.column}, {b.data + begin * b.row, b.row}, x);
-    return;
-  }
-  auto words = [&](int64_t first, int64_t last, const Right& from) {
-    Left left{a.data + first * a.column, a.row, a.column};
-    if (add) multiply<E>(rows, vectors, (int)(last - first), left, from, Sums<true>{c, c_row});
-    else multiply<E>(rows, vectors, (int)(last - first), left, from, Sums<false>{c, c_row});
-    add = true;
+// C = A B, or C += A B where `c.add`, over the elements of a range of the axis that is summed over, at least one; `a` and `b` are at its element
+// 0. Of a word that is cut, the elements outside count as 0 in B, whatever they are; in A they must be finite. With `results`, C goes there.
+template <class E, class T = float>
+static inline void multiply_elements(int rows, int vectors, const Range& range, const Left& a, const Right& b, Sums c,
+                                     const Results<T>* results = nullptr) {
+  int64_t first = ceil_div(range.begin, E::n), end = range.end / E::n;
+  bool cut_first = range.begin % E::n, cut_last = range.end % E::n;
+  auto words = [&](int64_t word, int64_t count, const Right& from, bool is_last) {
+    Left left{a.data + word * a.column, a.row, a.column};
+    if (is_last && results) multiply<E>(rows, vectors, (int)count, left, from, Results<T>{c, results->weights, results->rows, results->column, results->stream});
+    else multiply<E>(rows, vectors, (int)count, left, from, c);
+    c.add = true;
   };
-  int64_t first = (begin + E::n - 1) / E::n, last = end / E::n;
-  if (first < last) words(first, last, {b.data + first * b.row, b.row});
   if constexpr (E::n == 2) {
-    auto half = [&](int64_t word, int32_t mask) {
+    auto half = [&](int64_t word, int32_t mask, bool is_last) {
       float kept[NR];
       for (int j = 0; j < vectors * VL; j += VL) store(kept + j, (vf)((vi)load(b.data + word * b.row + j) & mask));
-      words(word, word + 1, {kept, NR});
+      words(word, 1, {kept, NR}, is_last);
     };
-    if (begin % 2) half(begin / 2, (int32_t)0xffff0000);
-    if (end % 2) half(end / 2, 0xffff);
+    if (cut_first) half(range.begin / 2, (int32_t)0xffff0000, !cut_last && first >= end);
+    if (cut_last) half(range.end / 2, 0xffff, first >= end);
   }
+  if (first < end) words(first, end - first, {b.data + first * b.row, b.row}, true);
 }
