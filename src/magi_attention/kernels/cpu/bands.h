@@ -15,6 +15,12 @@ struct Strip {
   int last() const { return (end + VL - 1) / VL * VL; }
 };
 
+// The queries of a band that attend something in a block of keys.
+static inline Range queries_of(const Band& band, const Range& keys) {
+  int64_t k0 = std::max(keys.begin, band.k0), k1 = std::min(keys.end, band.k1);
+  return {std::max(band.q0, k0 - band.hi), std::min(band.q1, k1 - band.lo)};
+}
+
 // A band cut to a tile of rows and a block of keys. Row 0 is the head `skipped` of query `a`.
 struct BandTile {
   const Band& band;

@@ -54,6 +54,7 @@ struct Kernel {
   const PieceBands& index;
   const std::vector<int64_t>& stretches;  // stretch i is pieces [i, i + 1) of these
   bool streams, leaves;  // results: past the caches, as they are made
+  std::vector<int> lane_queries;  // of lanes of a tile that begins with a query's first head
   Columns<E> k_columns{p.d}, v_columns{p.dv};
 
   int group() const { return (int)(p.hq / p.hk); }
@@ -155,9 +156,7 @@ struct Kernel {
     void attend(Tile& tile, const Job& job, const Range& keys, const Left& key_rows, const Across& values, bool is_last) {
       const auto& k = kernel;
       const Columns<E>&in = k.k_columns, &out = k.v_columns;
-      int group = k.group();
-      Range queries = k.queries_of(job);
-      LaneSpans x(k.p.bands[job.band], queries, keys, tile.a, tile.skipped, tile.rows, group);
+      LaneSpans x(k.p.bands[job.band], k.queries_of(job), keys, {tile.a, tile.skipped, tile.rows, k.group(), k.lane_queries.data() + tile.skipped});
       if (!x.any()) return;
       float* q = s.q + tile.place * in.stride;
       if (!tile.packed) pack(tile, q);
@@ -188,9 +187,9 @@ struct Kernel {
       if (leaves) place_results(tile, results);
       for (int64_t c = 0; c < out.padded; c += NR)
         for (int row = 0; row < tile.rows; row += MR) {
-          Span attended = x.strips[row / MR];
-          if (attended.begin >= attended.end) continue;
           int rows = std::min(MR, tile.rows - row);
+          Span attended = x.strip(row, rows);
+          if (attended.begin >= attended.end) continue;
           bool add = c ? adds[row / MR] : (adds[row / MR] = prepare(tile.place + row, rows));
           Range used = whole_words<E>({attended.begin, attended.end}, allowed);
           Sums sums{s.out + (tile.place + row) * out.padded + c, (long)out.padded, add};
@@ -205,8 +204,8 @@ struct Kernel {
         }
       if (leaves)
         for (int row = 0; row < tile.rows; row += MR) {
-          if (x.strips[row / MR].begin >= x.strips[row / MR].end) continue;
           int rows = std::min(MR, tile.rows - row);
+          if (x.strip(row, rows).end == 0) continue;
           std::fill_n(s.states.data() + tile.place + row, rows, State::WRITTEN), left -= rows;
         }
     }
@@ -337,7 +336,8 @@ void run(const Problem& p, const ForwardOutput& o) {
   void* out = o.out_wide ? o.out_wide : o.out_narrow;
   int64_t row = p.dv * (int64_t)(o.out_wide ? sizeof(float) : sizeof(T)), size = p.num_q * p.hq * row;
   bool leaves = !o.merge && p.dv % VL == 0 && leaves_as<typename ProductOf<T>::type, T> && (std::is_same<T, float>::value || !o.out_wide);
-  Kernel<T> kernel{p, o, pieces, blocks, index, stretches, to_stream(out, row, size), leaves};
+  Kernel<T> kernel{p, o, pieces, blocks, index, stretches, to_stream(out, row, size), leaves, {}};
+  for (int64_t lane = 0; lane < LANES + kernel.group(); lane++) kernel.lane_queries.push_back((int)(lane / kernel.group()));
   int64_t num_stretches = (int64_t)stretches.size() - 1, count = num_stretches * p.hk, group = kernel.group();
 
   // Longest stretches first, the kv heads of one together.

@@ -8,42 +8,61 @@
 constexpr int LANES = 48, VECTORS = LANES / VL, PANEL = VECTORS % NV ? 3 : NV;
 static_assert(LANES % MR == 0 && LANES % VL == 0 && VECTORS % PANEL == 0 && PANEL <= NV);
 
-static inline vi load_ints(const int* p) { return (vi)load((const float*)p); }
+// A tile of rows. Lane 0 is the head `skipped` of query `a`; `queries` holds each lane's query, counted from `a`.
+struct LaneRows {
+  int64_t a;
+  int skipped, rows, group;
+  const int* queries;
+};
 
-// What the lanes of a tile attend of a block of keys by one band: keys are counted from the block's beginning. Lanes that attend nothing have
-// left = right = 0.
-struct LaneSpans {
-  alignas(LINE) int left[LANES], right[LANES];
-  Span vectors[VECTORS], full[VECTORS], strips[LANES / MR];  // of any lane; of all lanes; of any of MR lanes
-  int first = BLOCK_K, last = 0;                             // of any lane of the tile, from a whole word on
+// What the lanes of a tile attend of a block of keys by one band. Keys are counted from the block's beginning. The lanes that attend something are
+// neighbours, and their spans begin and end the later, the later their queries.
+class LaneSpans {
+ public:
+  alignas(LINE) int left[LANES], right[LANES];  // both 0 where nothing is attended
+  Span vectors[VECTORS], full[VECTORS];         // of any, of all lanes of a vector
+  int first, last;                              // of any lane of the tile
 
-  // The tile's lane 0 is the head `skipped` of query `a`; the band's queries `q` alone attend something.
-  LaneSpans(const Band& band, const Range& q, const Range& keys, int64_t a, int skipped, int rows, int group) {
-    int row = 0;
-    for (int64_t query = a; row < rows; query++, skipped = 0) {
-      BandTile x{band, query, 0, 1, 1, keys};
-      Span span = query >= q.begin && query < q.end ? Span{x.left(query), x.right(query)} : Span{0, 0};
-      if (span.begin >= span.end) span = {0, 0};
-      for (int h = skipped; h < group && row < rows; h++, row++) left[row] = span.begin, right[row] = span.end;
+  // The band's queries `q` alone attend something.
+  LaneSpans(const Band& band, const Range& q, const Range& keys, const LaneRows& tile) : queries(tile.queries) {
+    k0 = (int)std::max<int64_t>(band.k0 - keys.begin, 0), k1 = (int)(std::min(band.k1, keys.end) - keys.begin);
+    lo = near(band.lo + tile.a - keys.begin), hi = near(band.hi + tile.a - keys.begin);
+    auto lane_of = [&](int64_t query) {
+      return (int)std::min<int64_t>(std::max<int64_t>((query - tile.a) * tile.group - tile.skipped, 0), tile.rows);
+    };
+    Range some = ::queries_of(band, keys);
+    begin = lane_of(std::max(q.begin, some.begin)), end = lane_of(std::min(q.end, some.end));
+    Span all = strip(0, LANES);
+    first = all.begin, last = all.end;
+    if (!any()) return;
+    for (int v = 0; v < VECTORS; v++) {
+      int at = v * VL;
+      vi query, attends = inside(at, begin, end);
+      memcpy(&query, queries + at, sizeof query);
+      vi l = query + lo, r = query + (hi + 1);
+      l = l > k0 ? l : vi{} + k0, r = r < k1 ? r : vi{} + k1;
+      l &= attends, r &= attends;
+      memcpy(left + at, &l, sizeof l), memcpy(right + at, &r, sizeof r);
+      vectors[v] = strip(at, VL);
+      full[v] = begin <= at && at + VL <= end ? Span{left_of(at + VL - 1), right_of(at)} : Span{BLOCK_K, 0};
     }
-    for (; row < LANES; row++) left[row] = right[row] = 0;
-    for (int i = 0; i < VECTORS; i++) {
-      vectors[i] = any_of(i * VL, VL);
-      full[i] = {*std::max_element(left + i * VL, left + (i + 1) * VL), *std::min_element(right + i * VL, right + (i + 1) * VL)};
-      if (vectors[i].begin < vectors[i].end) first = std::min(first, vectors[i].begin), last = std::max(last, vectors[i].end);
-    }
-    for (int i = 0; i < LANES / MR; i++) strips[i] = any_of(i * MR, MR);
   }
 
   bool any() const { return first < last; }
 
- private:
-  Span any_of(int lane, int count) const {
-    Span span{BLOCK_K, 0};
-    for (int i = lane; i < lane + count; i++)
-      if (left[i] < right[i]) span = {std::min(span.begin, left[i]), std::max(span.end, right[i])};
-    return span.begin < span.end ? span : Span{0, 0};
+  // What any of `count` lanes from one on attends.
+  Span strip(int lane, int count) const {
+    int a = std::max(lane, begin), b = std::min(lane + count, end);
+    return a < b ? Span{left_of(a), right_of(b - 1)} : Span{0, 0};
   }
+
+ private:
+  const int* queries;
+  int k0, k1, lo, hi, begin, end;
+
+  static int near(int64_t x) { return (int)std::min<int64_t>(std::max<int64_t>(x, -(1 << 30)), 1 << 30); }
+  int left_of(int lane) const { return std::max(k0, queries[lane] + lo); }
+  int right_of(int lane) const { return std::min(k1, queries[lane] + hi + 1); }
 };
 
 // Scores of a tile, [keys][LANES], to probabilities, as words, [words of keys][LANES], in place. Logits are in units of log 2.
@@ -61,7 +80,7 @@ struct Softmax {
     each_key(x, v, 2, [&](int key, auto partial) {
       for (int i = 0; i < 2; i++) {
         vf logit = load(scores + (key + i) * LANES + v * VL) * f;
-        if (partial) logit = inside(x, v, key + i) ? logit : splat(-INFINITY);
+        if (partial) logit = attended(x, v, key + i) ? logit : splat(-INFINITY);
         tops[i] = vmax(tops[i], logit);
       }
     });
@@ -78,7 +97,7 @@ struct Softmax {
       vf e[E::n];
       for (int i = 0; i < E::n; i++) {
         e[i] = exp2v(rounded(load(scores + (key + i) * LANES + v * VL) * f) - top);  // as for the top, so that it less itself is 0
-        if (partial) e[i] = inside(x, v, key + i) ? e[i] : vf{};
+        if (partial) e[i] = attended(x, v, key + i) ? e[i] : vf{};
         sums[i] += e[i];
       }
       store(words + key / E::n * LANES, E::word(e));
@@ -89,8 +108,10 @@ struct Softmax {
   }
 
  private:
-  static vi inside(const LaneSpans& x, int v, int key) {
-    return (load_ints(x.left + v * VL) <= key) & (load_ints(x.right + v * VL) > key);
+  static vi attended(const LaneSpans& x, int v, int key) {
+    vi left, right;
+    memcpy(&left, x.left + v * VL, sizeof left), memcpy(&right, x.right + v * VL, sizeof right);
+    return (left <= key) & (right > key);
   }
 
   // act(key, whether some lanes do not attend it or a key that follows) for every `step` keys of vector v, from a multiple of it on.
@@ -109,7 +130,7 @@ struct Softmax {
       float* at = scores + key * LANES + v * VL;
       vf logit = load(at) * scale;
       vf raised = vmax(raw, logit * LOG2E);
-      raw = inside(x, v, key) ? raised : raw;
+      raw = attended(x, v, key) ? raised : raw;
       store(at, tanhv(logit * (1.f / softcap)) * softcap);
     });
     store(raw_top, raw);

@@ -9,12 +9,6 @@
 #include "bands.h"
 #include "elements.h"
 
-// The queries of a band that attend something in a block of keys.
-static inline Range queries_of(const Band& band, const Range& keys) {
-  int64_t k0 = std::max(keys.begin, band.k0), k1 = std::min(keys.end, band.k1);
-  return {std::max(band.q0, k0 - band.hi), std::min(band.q1, k1 - band.lo)};
-}
-
 class Partitions {
  public:
   static constexpr int64_t UNITS_WANTED = 32;   // kv heads x partitions: enough to balance many threads

@@ -45,7 +45,14 @@ struct Pairs {
     Halves halves = round(x);
     memcpy((char*)row + 2 * c, &halves, sizeof halves);
   }
+#if defined(__AVX512BF16__)
+  static vf word(const vf (&x)[2]) {
+    vf halves = (vf)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
+    return interleave_halves<false>(halves, (vf)_mm512_shuffle_f64x2((__m512d)halves, (__m512d)halves, 0xee));
+  }
+#else
   static vf word(const vf (&x)[2]) { return (vf)(widen(round(x[0])) | widen(round(x[1])) << 16); }
+#endif
 };
 #endif
 
