@@ -173,9 +173,8 @@ struct Kernel {
         }
       }
       Softmax<E> softmax{k.p.scale, k.p.softcap};
-      for (int v = 0; v < VECTORS; v++) {
+      for (int v = x.lanes.begin / VL; v * VL < x.lanes.end; v++) {
         int64_t at = tile.place + v * VL;
-        if (x.vectors[v].begin >= x.vectors[v].end) continue;
         vf top = raise_tops(at, softmax.top(x, v, s.scores, s.raw_top + at));
         store(s.total + at, load(s.total + at) + softmax.soften(x, v, s.scores, top));
         if (is_last && k.leaves) sum_up(at);
@@ -186,28 +185,27 @@ struct Kernel {
       T* results[LANES];
       if (leaves) place_results(tile, results);
       for (int64_t c = 0; c < out.padded; c += NR)
-        for (int row = 0; row < tile.rows; row += MR) {
-          int rows = std::min(MR, tile.rows - row);
+        for (int row = x.lanes.begin; row < x.lanes.end; row += MR) {
+          int rows = std::min(MR, x.lanes.end - row);
           Span attended = x.strip(row, rows);
-          if (attended.begin >= attended.end) continue;
-          bool add = c ? adds[row / MR] : (adds[row / MR] = prepare(tile.place + row, rows));
+          int64_t place = tile.place + row;
+          bool& add = adds[(row - x.lanes.begin) / MR];
+          if (c == 0) add = prepare(place, rows);
           Range used = whole_words<E>({attended.begin, attended.end}, allowed);
-          Sums sums{s.out + (tile.place + row) * out.padded + c, (long)out.padded, add};
+          Sums sums{s.out + place * out.padded + c, (long)out.padded, add};
           Left probs{s.scores + row, 1, LANES};
           if constexpr (leaves_as<E, T>) {
-            Results<T> to{sums, s.weights + tile.place + row, results + row, c, k.streams};
+            Results<T> to{sums, s.weights + place, results + row, c, k.streams};
             multiply_elements<E>(rows, out.vectors(c), used, probs, values.at(c), sums, leaves ? &to : nullptr);
           } else {
             multiply_elements<E>(rows, out.vectors(c), used, probs, values.at(c), sums);
           }
           fetch_some();
         }
-      if (leaves)
-        for (int row = 0; row < tile.rows; row += MR) {
-          int rows = std::min(MR, tile.rows - row);
-          if (x.strip(row, rows).end == 0) continue;
-          std::fill_n(s.states.data() + tile.place + row, rows, State::WRITTEN), left -= rows;
-        }
+      if (leaves) {
+        int64_t rows = x.lanes.end - x.lanes.begin;
+        std::fill_n(s.states.data() + tile.place + x.lanes.begin, rows, State::WRITTEN), left -= rows;
+      }
     }
 
     void place_results(const Tile& tile, T** results) const {

@@ -21,7 +21,8 @@ class LaneSpans {
  public:
   alignas(LINE) int left[LANES], right[LANES];  // both 0 where nothing is attended
   Span vectors[VECTORS], full[VECTORS];         // of any, of all lanes of a vector
-  int first, last;                              // of any lane of the tile
+  Span lanes;                                   // that attend something
+  int first, last;                              // of any of these
 
   // The band's queries `q` alone attend something.
   LaneSpans(const Band& band, const Range& q, const Range& keys, const LaneRows& tile) : queries(tile.queries) {
@@ -31,20 +32,20 @@ class LaneSpans {
       return (int)std::min<int64_t>(std::max<int64_t>((query - tile.a) * tile.group - tile.skipped, 0), tile.rows);
     };
     Range some = ::queries_of(band, keys);
-    begin = lane_of(std::max(q.begin, some.begin)), end = lane_of(std::min(q.end, some.end));
+    lanes = {lane_of(std::max(q.begin, some.begin)), lane_of(std::min(q.end, some.end))};
     Span all = strip(0, LANES);
     first = all.begin, last = all.end;
     if (!any()) return;
     for (int v = 0; v < VECTORS; v++) {
       int at = v * VL;
-      vi query, attends = inside(at, begin, end);
+      vi query, attends = inside(at, lanes.begin, lanes.end);
       memcpy(&query, queries + at, sizeof query);
       vi l = query + lo, r = query + (hi + 1);
       l = l > k0 ? l : vi{} + k0, r = r < k1 ? r : vi{} + k1;
       l &= attends, r &= attends;
       memcpy(left + at, &l, sizeof l), memcpy(right + at, &r, sizeof r);
       vectors[v] = strip(at, VL);
-      full[v] = begin <= at && at + VL <= end ? Span{left_of(at + VL - 1), right_of(at)} : Span{BLOCK_K, 0};
+      full[v] = lanes.begin <= at && at + VL <= lanes.end ? Span{left_of(at + VL - 1), right_of(at)} : Span{BLOCK_K, 0};
     }
   }
 
@@ -52,13 +53,13 @@ class LaneSpans {
 
   // What any of `count` lanes from one on attends.
   Span strip(int lane, int count) const {
-    int a = std::max(lane, begin), b = std::min(lane + count, end);
+    int a = std::max(lane, lanes.begin), b = std::min(lane + count, lanes.end);
     return a < b ? Span{left_of(a), right_of(b - 1)} : Span{0, 0};
   }
 
  private:
   const int* queries;
-  int k0, k1, lo, hi, begin, end;
+  int k0, k1, lo, hi;
 
   static int near(int64_t x) { return (int)std::min<int64_t>(std::max<int64_t>(x, -(1 << 30)), 1 << 30); }
   int left_of(int lane) const { return std::max(k0, queries[lane] + lo); }
@@ -92,7 +93,8 @@ struct Softmax {
     vf sums[E::n] = {};
     float f = factor();
     float* words = scores + v * VL;
-    for (int key = x.first; key < x.vectors[v].begin / E::n * E::n; key += E::n) store(words + key / E::n * LANES, vf{});
+    int first = x.first / E::n * E::n;
+    for (int key = first; key < x.vectors[v].begin / E::n * E::n; key += E::n) store(words + key / E::n * LANES, vf{});
     each_key(x, v, E::n, [&](int key, auto partial) {
       vf e[E::n];
       for (int i = 0; i < E::n; i++) {
@@ -102,7 +104,7 @@ struct Softmax {
       }
       store(words + key / E::n * LANES, E::word(e));
     });
-    for (int key = (x.vectors[v].end + E::n - 1) / E::n * E::n; key < x.last; key += E::n) store(words + key / E::n * LANES, vf{});
+    for (int key = std::max(first, (x.vectors[v].end + E::n - 1) / E::n * E::n); key < x.last; key += E::n) store(words + key / E::n * LANES, vf{});
     for (int i = 1; i < E::n; i++) sums[0] += sums[i];
     return sums[0];
   }
