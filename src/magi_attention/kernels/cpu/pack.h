@@ -85,13 +85,13 @@ static inline void fetch(Rows<T>& rows, int count, int64_t columns) {
   if (rows.any()) fetch_any(rows, count, columns);
 }
 
-template <class T, class E, bool AHEAD = true>
+template <class T, class E>
 static __attribute__((noinline)) void copy_rows(Rows<T> rows, const Columns<E>& columns, float* to) {
   constexpr int apart = 8;
   Rows<T> later = rows;
   later.skip(apart);
   for (; rows.any(); to += columns.stride) {
-    if (AHEAD) fetch(later, 1, columns.count);
+    fetch(later, 1, columns.count);
     copy_row<T, E>(rows.next(), columns, to);
   }
 }
@@ -215,16 +215,25 @@ static inline bool to_stream(const void* data, int64_t row, int64_t size) {
   return row % LINE == 0 && (uintptr_t)data % LINE == 0 && size >= STREAMED;
 }
 
+// A row times a weight; to a line at a time where it is streamed.
 template <class T>
 static inline void write_row(const float* __restrict from, float weight, int64_t count, T* __restrict to, bool stream) {
-  constexpr int64_t in_line = LINE / sizeof(T);
-  if (!stream) {
-    for (int64_t c = 0; c < count; c++) narrow(from[c] * weight, to + c);
-    return;
+  constexpr int n = LINE / sizeof(T) / VL;  // vectors that make a line
+  int64_t c = 0;
+  if constexpr (LINE % (sizeof(T) * VL) == 0 && has_put_row<T>) {
+    for (; c + n * VL <= count; c += n * VL) {
+      vf x[n];
+#pragma GCC unroll 8
+      for (int j = 0; j < n; j++) x[j] = load(from + c + j * VL) * weight;
+      put_row(to + c, x, stream);
+    }
+  } else if (stream) {
+    constexpr int64_t in_line = LINE / sizeof(T);
+    for (; c < count; c += in_line) {
+      T line[in_line];
+      for (int64_t i = 0; i < in_line; i++) narrow(from[c + i] * weight, line + i);
+      stream_line(to + c, line);
+    }
   }
-  for (int64_t c = 0; c < count; c += in_line) {
-    T line[in_line];
-    for (int64_t i = 0; i < in_line; i++) narrow(from[c + i] * weight, line + i);
-    stream_line(to + c, line);
-  }
+  for (; c < count; c++) narrow(from[c] * weight, to + c);
 }

@@ -46,8 +46,9 @@ struct Pairs {
     memcpy((char*)row + 2 * c, &halves, sizeof halves);
   }
 #if defined(__AVX512BF16__)
+  static vf round(vf low, vf high) { return (vf)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
   static vf word(const vf (&x)[2]) {
-    vf halves = (vf)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
+    vf halves = round(x[0], x[1]);
     return interleave_halves<false>(halves, (vf)_mm512_shuffle_f64x2((__m512d)halves, (__m512d)halves, 0xee));
   }
 #else
@@ -74,16 +75,28 @@ static inline void put_row(float* to, const vf (&x)[N], bool stream) {
 #if defined(NATIVE_BF16)
 template <int N>
 static inline void put_row(bf16* to, const vf (&x)[N], bool stream) {
-  Pairs::Halves halves[N];
+  int j = 0;
+#if defined(__AVX512BF16__)
+#pragma GCC unroll 4
+  for (; j + 2 <= N; j += 2) {
+    vf line = Pairs::round(x[j], x[j + 1]);
+    if (stream) stream_line(to + j * VL, &line);
+    else memcpy(to + j * VL, &line, sizeof line);
+  }
+#endif
+  (void)stream;  // what follows is no whole line
 #pragma GCC unroll 8
-  for (int j = 0; j < N; j++) halves[j] = Pairs::round(x[j]);
-  if (stream && sizeof halves % LINE == 0) {
-#pragma GCC unroll 8
-    for (size_t at = 0; at < sizeof halves; at += LINE) stream_line((char*)to + at, (char*)halves + at);
-  } else {
-    memcpy(to, halves, sizeof halves);
+  for (; j < N; j++) {
+    Pairs::Halves halves = Pairs::round(x[j]);
+    memcpy(to + j * VL, &halves, sizeof halves);
   }
 }
+#endif
+
+// Whether whole vectors are put to rows of T.
+template <class T> constexpr bool has_put_row = std::is_same<T, float>::value;
+#if defined(NATIVE_BF16)
+template <> constexpr bool has_put_row<bf16> = true;
 #endif
 
 // Whether results of type T may leave a product as they are made.
