@@ -159,13 +159,28 @@ struct Kernel {
   // dq += dS K. Keys that share a word with those that a strip attends may be multiplied by its zeros where they are of `keys`.
   template <class Between>
   void to_queries(const BandTile& x, const Strips& strips, int64_t kv, int64_t part, const Across& k, const Range& keys, Between&& between) const {
+    T* results[TILE_ROWS];
+    static const std::vector<float> ones(MR, 1.f);
+    bool leaves = leaves_as<E, T> && p.d % VL == 0 && (in.narrow || std::is_same<T, float>::value), all_leave = leaves && strips.count * MR >= x.rows;
+    int row = 0;
+    each_row(x, [&](int64_t q, int g) {
+      results[row++] = (T*)in.dq + (q * p.hq + kv * x.group + g) * p.d;
+      all_leave &= parts.written_once(q);
+    });
     for (int64_t c = 0; c < s.in.padded; c += NR)
       for (const Strip& strip : strips) {
         Range used = whole_words<E>({strip.begin, strip.end}, keys);
-        multiply_elements<E>(strip.rows, s.in.vectors(c), used, {s.dscores + strip.row * LEAD, LEAD, 1}, k.at(c),
-                             Sums{s.dq + strip.row * s.in.padded + c, (long)s.in.padded, false});
+        Left left{s.dscores + strip.row * LEAD, LEAD, 1};
+        Sums sums{s.dq + strip.row * s.in.padded + c, (long)s.in.padded, false};
+        if constexpr (leaves_as<E, T>) {
+          Results<T> to{sums, ones.data(), results + strip.row, c, stream_q};
+          multiply_elements<E>(strip.rows, s.in.vectors(c), used, left, k.at(c), sums, all_leave ? &to : nullptr);
+        } else {
+          multiply_elements<E>(strip.rows, s.in.vectors(c), used, left, k.at(c), sums);
+        }
         between();
       }
+    if (all_leave) return;
     const float* from = s.dq;
     each_row(x, [&](int64_t q, int g) {
       int64_t head = kv * x.group + g;
