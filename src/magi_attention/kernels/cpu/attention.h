@@ -104,6 +104,9 @@ struct Buffer {
 // a block of at most BLOCK_K keys, a multiple of NR: K and V blocks of 256 x 128 floats stay in the second-level cache. Rows of a tile's scores
 // are LEAD apart: not a power of two, so that a column of them falls into different cache sets.
 constexpr int TILE_ROWS = 60, BLOCK_K = 256, LEAD = BLOCK_K + 16;
+// Where a band has at most FEW_KEYS of a block, a tile's scores stay in the first-level cache for more rows: whole documents, whose dk and dv then
+// are no sums.
+constexpr int FEW_KEYS = 64, MOST_ROWS = 132;
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -20,15 +20,28 @@ namespace {
 template <class E>
 struct Scratch {
   Columns<E> in, out;  // columns of q and k, of v and dout
-  Buffer k_rows, v_rows, k_along, v_along, k_across, q_rows, dout_rows, q_across, dout_across, scores, dscores, dq, dk, dv;
+  Buffer k_rows, v_rows, k_along, v_along, k_across, q_rows, dout_rows, q_across, dout_across, scores, dscores, dq;
+  SumRows dk, dv;
+  int times[BLOCK_K + 1];  // that a tile attends a key of the block
+  bool any_once;           // whether that is 1 of any
   Scratch(int64_t d, int64_t d_out)
       : in(d), out(d_out), k_rows(BLOCK_K * in.stride), v_rows(BLOCK_K * out.stride), k_along(BLOCK_K * in.stride),
-        v_along(BLOCK_K * out.stride), k_across(in.across(BLOCK_K)), q_rows(TILE_ROWS * in.stride), dout_rows(TILE_ROWS * out.stride),
-        q_across(in.across(TILE_ROWS)), dout_across(out.across(TILE_ROWS)), scores(TILE_ROWS * LEAD), dscores(TILE_ROWS * LEAD),
-        dq(TILE_ROWS * in.padded), dk(BLOCK_K * in.padded), dv(BLOCK_K * out.padded) {}
+        v_along(BLOCK_K * out.stride), k_across(in.across(BLOCK_K)), q_rows(MOST_ROWS * in.stride), dout_rows(MOST_ROWS * out.stride),
+        q_across(in.across(MOST_ROWS)), dout_across(out.across(MOST_ROWS)), scores(MOST_ROWS * LEAD), dscores(MOST_ROWS * LEAD),
+        dq(MOST_ROWS * in.padded), dk(BLOCK_K, in.padded), dv(BLOCK_K, out.padded) {}
   const float* probs_across() const { return scores; }
   const float* dscores_across() const { return E::n == 1 ? dscores : scores + LEAD; }
 };
+
+// Weights of rows that are results as they are.
+struct Ones {
+  float weights[MR];
+  constexpr Ones() : weights() {
+    for (float& x : weights) x = 1.f;
+  }
+};
+constexpr Ones all_ones;
+constexpr const float* ones = all_ones.weights;
 
 template <class T, class D, class E>
 struct Kernel {
@@ -37,7 +50,7 @@ struct Kernel {
   const Pieces& blocks;  // of keys
   const PieceBands& index;
   const Partitions& parts;
-  const Scratch<E>& s;
+  Scratch<E>& s;
   bool stream_q, stream_k, stream_v;  // dq, dk, dv
 
   int group() const { return (int)(p.hq / p.hk); }
@@ -117,7 +130,7 @@ struct Kernel {
     int64_t head = kv * group, row = x.a * group + x.skipped;
     Rows<T> q(p.q, x.a, head, group, x.skipped, x.rows);
     Rows<D> dout(in.dout, x.a, head, group, x.skipped, x.rows);
-    int64_t after = std::min<int64_t>(TILE_ROWS, p.num_q * group - row - x.rows);
+    int64_t after = std::min<int64_t>(MOST_ROWS, p.num_q * group - row - x.rows);
     Rows<T> later_q(p.q, x.a, head, group, x.skipped, x.rows + after);
     Rows<D> later_dout(in.dout, x.a, head, group, x.skipped, x.rows + after);
     later_q.skip(x.rows), later_dout.skip(x.rows);
@@ -146,22 +159,21 @@ struct Kernel {
       for (int r = strip.row; r < strip.row + strip.rows; r += E::n) differentiate_rows(x, strips, r, kv, strip.first(), strip.last());
     Range keys{std::max(packed.begin, x.band.k0 - x.keys.begin), std::min(packed.end, x.band.k1 - x.keys.begin)};
     to_queries(x, strips, kv, part, k, keys, fetch_some);
-    to_keys(s.probs_across(), dout_across, s.out, s.dv, x, fetch_some);
-    to_keys(s.dscores_across(), q_across, s.in, s.dk, x, fetch_some);
+    to_keys(s.probs_across(), dout_across, s.out, s.dv, x, value_output(kv), fetch_some);
+    to_keys(s.dscores_across(), q_across, s.in, s.dk, x, key_output(kv), fetch_some);
   }
 
   // The copied rows of a tile, which are followed by one of zeros where a word needs it.
   static Across tile_across(const float* rows, const Columns<E>& columns, int count, float* to) {
     if constexpr (E::n == 1) return {rows, columns.stride, NR};
-    else return pack_across<E>({(const char*)rows, columns.stride * (int64_t)sizeof(float)}, columns, TILE_ROWS, 0, count + count % 2, to);
+    else return pack_across<E>({(const char*)rows, columns.stride * (int64_t)sizeof(float)}, columns, MOST_ROWS, 0, count + count % 2, to);
   }
 
   // dq += dS K. Keys that share a word with those that a strip attends may be multiplied by its zeros where they are of `keys`.
   template <class Between>
   void to_queries(const BandTile& x, const Strips& strips, int64_t kv, int64_t part, const Across& k, const Range& keys, Between&& between) const {
-    T* results[TILE_ROWS];
-    static const std::vector<float> ones(MR, 1.f);
-    bool leaves = leaves_as<E, T> && p.d % VL == 0 && (in.narrow || std::is_same<T, float>::value), all_leave = leaves && strips.count * MR >= x.rows;
+    T* results[MOST_ROWS];
+    bool all_leave = leaves(p.d) && strips.count * MR >= x.rows;
     int row = 0;
     each_row(x, [&](int64_t q, int g) {
       results[row++] = (T*)in.dq + (q * p.hq + kv * x.group + g) * p.d;
@@ -173,7 +185,7 @@ struct Kernel {
         Left left{s.dscores + strip.row * LEAD, LEAD, 1};
         Sums sums{s.dq + strip.row * s.in.padded + c, (long)s.in.padded, false};
         if constexpr (leaves_as<E, T>) {
-          Results<T> to{sums, ones.data(), results + strip.row, c, stream_q};
+          Results<T> to{sums, ones, results + strip.row, c, stream_q};
           multiply_elements<E>(strip.rows, s.in.vectors(c), used, left, k.at(c), sums, all_leave ? &to : nullptr);
         } else {
           multiply_elements<E>(strip.rows, s.in.vectors(c), used, left, k.at(c), sums);
@@ -204,9 +216,23 @@ struct Kernel {
     }
   }
 
+  // Where gradients of keys or values are wanted.
+  struct Output {
+    void* data;
+    int64_t columns, kv;
+    bool stream;
+  };
+
+  Output key_output(int64_t kv) const { return {in.dk, p.d, kv, stream_k}; }
+  Output value_output(int64_t kv) const { return {in.dv, p.dv, kv, stream_v}; }
+
+  // Whether results may leave products as they are made.
+  bool leaves(int64_t columns) const { return leaves_as<E, T> && columns % VL == 0 && (in.narrow || std::is_same<T, float>::value); }
+
   // sums [keys, columns] += weights^T [keys, rows] rows [rows, columns].
   template <class Between>
-  void to_keys(const float* weights, const Across& rows, const Columns<E>& columns, float* sums, const BandTile& x, Between&& between) const {
+  void to_keys(const float* weights, const Across& rows, const Columns<E>& columns, SumRows& sums, const BandTile& x, const Output& output,
+               Between&& between) const {
     const Band& band = x.band;
     int key_begin = x.left(x.a), key_end = x.right(x.query(x.rows - 1));
     // The rows whose queries attend one of the keys from c on, before c + num.
@@ -216,15 +242,42 @@ struct Kernel {
       Range rows{std::max<int64_t>(0, first * x.group - x.skipped), std::min<int64_t>(x.rows, last * x.group - x.skipped)};
       return whole_words<E>(rows, {0, x.rows + x.rows % E::n});
     };
+    bool may_leave = s.any_once && leaves(output.columns), add[BLOCK_K / MR + 1], leave[BLOCK_K / MR + 1];
     for (int64_t e = 0; e < columns.padded; e += NR)
-      for (int c = key_begin; c < key_end; c += MR) {
+      for (int c = key_begin, i = 0; c < key_end; c += MR, i++) {
         int num = std::min(MR, key_end - c);
         Range used = rows_of(c, num);
         if (used.empty()) continue;
-        multiply_elements<E>(num, columns.vectors(e), used, {weights + c, 1, E::n * LEAD}, rows.at(e),
-                             Sums{sums + c * columns.padded + e, (long)columns.padded, true});
+        if (e == 0) {
+          leave[i] = may_leave && std::all_of(s.times + c, s.times + c + num, [](int times) { return times == 1; });
+          add[i] = !leave[i] && sums.prepare(c, num);
+          if (leave[i]) sums.set_written(c, num);
+        }
+        Left left{weights + c, 1, E::n * LEAD};
+        Sums to{sums.row(c) + e, (long)columns.padded, add[i]};
+        if constexpr (leaves_as<E, T>) {
+          T* results[MR];
+          for (int key = 0; leave[i] && key < num; key++)
+            results[key] = (T*)output.data + ((x.keys.begin + c + key) * p.hk + output.kv) * output.columns;
+          Results<T> direct{to, ones, results, e, output.stream};
+          multiply_elements<E>(num, columns.vectors(e), used, left, rows.at(e), to, leave[i] ? &direct : nullptr);
+        } else {
+          multiply_elements<E>(num, columns.vectors(e), used, left, rows.at(e), to);
+        }
         between();
       }
+  }
+
+  // How many tiles attend each key of a block.
+  void count_tiles(int64_t number, const Range& keys) const {
+    std::fill_n(s.times, BLOCK_K + 1, 0);
+    each_band(number, [&](const Band& band, const Range& q) {
+      each_tile(band, q.begin, q.end, group(), keys, [&](const BandTile& x) {
+        s.times[x.left(x.a)]++, s.times[x.right(x.query(x.rows - 1))]--;
+      });
+    });
+    for (int c = 1; c <= BLOCK_K; c++) s.times[c] += s.times[c - 1];
+    s.any_once = std::count(s.times, s.times + BLOCK_K, 1) > 0;
   }
 
   // All queries against one block of keys.
@@ -235,8 +288,8 @@ struct Kernel {
       packed.begin = std::min<int64_t>(packed.begin, x.left(q.begin)), packed.end = std::max<int64_t>(packed.end, x.right(q.end - 1));
     });
     int64_t count = keys.end - keys.begin, part = parts.of_block(number);
-    std::fill(s.dk + 0, s.dk + count * s.in.padded, 0.f);
-    std::fill(s.dv + 0, s.dv + count * s.out.padded, 0.f);
+    count_tiles(number, keys);
+    s.dk.reset(count), s.dv.reset(count);
     Across k{};
     if (!packed.empty()) {
       int first = (int)packed.begin, last = (int)packed.end;
@@ -247,11 +300,17 @@ struct Kernel {
     each_band(number, [&](const Band& band, const Range& q) {
       each_tile(band, q.begin, q.end, group(), keys, [&](const BandTile& x) { tile(x, kv, part, k, packed); });
     });
-    for (int64_t c = 0; c < count; c++) {
-      write(s.dk + c * s.in.padded, p.d, in.dk, (keys.begin + c) * p.hk + kv, stream_k);
-      write(s.dv + c * s.out.padded, p.dv, in.dv, (keys.begin + c) * p.hk + kv, stream_v);
-    }
+    finish(s.dk, keys, key_output(kv)), finish(s.dv, keys, value_output(kv));
     finish_streams();
+  }
+
+  // Results of a block's keys that have not left.
+  void finish(SumRows& sums, const Range& keys, const Output& output) const {
+    for (int64_t c = 0; c < keys.end - keys.begin; c++) {
+      if (sums.state(c) == SumRows::WRITTEN) continue;
+      if (sums.state(c) == SumRows::EMPTY) sums.clear(c);
+      write(sums.row(c), output.columns, output.data, (keys.begin + c) * p.hk + output.kv, output.stream);
+    }
   }
 
   void write(const float* from, int64_t columns, void* to, int64_t row, bool stream) const {

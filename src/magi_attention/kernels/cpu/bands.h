@@ -3,7 +3,7 @@
 #include "attention.h"
 #include "simd.h"
 
-static_assert(TILE_ROWS % MR == 0 && MR % 2 == 0 && BLOCK_K % NR == 0);
+static_assert(TILE_ROWS % MR == 0 && MOST_ROWS % MR == 0 && MR % 2 == 0 && BLOCK_K % NR == 0);
 
 // Columns of a block of keys, counted from its beginning.
 struct Span { int begin, end; };
@@ -37,8 +37,8 @@ struct BandTile {
 // The strips of a tile that attend something, which are neighbours, and what each of its rows attends.
 struct Strips {
   int count = 0;
-  Strip at[TILE_ROWS / MR];
-  Span rows[TILE_ROWS];
+  Strip at[MOST_ROWS / MR];
+  Span rows[MOST_ROWS];
 
   explicit Strips(const BandTile& x) {
     int64_t q = x.a;
@@ -78,8 +78,9 @@ struct RowVectors {
 // act(BandTile) for the tiles of rows of queries [a, b), in order.
 template <class Act>
 static inline void each_tile(const Band& band, int64_t a, int64_t b, int64_t group, const Range& keys, Act&& act) {
-  for (int64_t row = 0, rows = (b - a) * group; row < rows; row += TILE_ROWS)
-    act(BandTile{band, a + row / group, (int)(row % group), (int)std::min<int64_t>(TILE_ROWS, rows - row), (int)group, keys});
+  int64_t most = std::min(band.k1, keys.end) - std::max(band.k0, keys.begin) <= FEW_KEYS ? MOST_ROWS : TILE_ROWS;
+  for (int64_t row = 0, rows = (b - a) * group; row < rows; row += most)
+    act(BandTile{band, a + row / group, (int)(row % group), (int)std::min(most, rows - row), (int)group, keys});
 }
 
 // For each panel of columns in turn, which stays in the first-level cache, the strips that attend some of it: act(column, vectors, strip).

@@ -208,7 +208,36 @@ static inline Across rows_across(const View& x, int64_t token, int64_t head, int
   }
 }
 
-constexpr int64_t STREAMED = 8 << 20;  // bytes of a tensor that is written past the caches: it would not stay there anyway
+// Rows of sums that are made bit by bit, and what they hold.
+class SumRows {
+ public:
+  enum State : char { EMPTY, SUMS, WRITTEN };  // WRITTEN: the result is where the caller wants it
+  SumRows(int64_t rows, int64_t columns) : sums(rows * columns), states(rows), columns(columns) {}
+  void reset(int64_t rows) { std::fill_n(states.begin(), rows, EMPTY); }
+  float* row(int64_t i) const { return sums + i * columns; }
+  State state(int64_t i) const { return states[i]; }
+  void clear(int64_t i) { std::fill_n(row(i), columns, 0.f); }
+  void set_written(int64_t i, int64_t count) { std::fill_n(states.begin() + i, count, WRITTEN); }
+
+  // Before something goes to rows: whether it is to be added. Those that hold nothing yet then become 0.
+  bool prepare(int64_t i, int64_t count) {
+    int64_t held = 0;
+    for (int64_t row = i; row < i + count; row++) held += states[row] == SUMS;
+    if (held == count) return true;
+    for (int64_t row = i; row < i + count; row++) {
+      if (held && states[row] == EMPTY) clear(row);
+      states[row] = SUMS;
+    }
+    return held > 0;
+  }
+
+ private:
+  Buffer sums;
+  std::vector<State> states;
+  int64_t columns;
+};
+
+constexpr int64_t STREAMED = 1 << 20;  // bytes of a tensor that is written past the caches: it would not stay there anyway
 
 // Whether rows of a tensor, contiguous, are to be written past the caches. `row` and `size` in bytes.
 static inline bool to_stream(const void* data, int64_t row, int64_t size) {
