@@ -54,27 +54,6 @@ struct Strips {
   const Strip* end() const { return at + count; }
 };
 
-// The vectors of columns that some of a few rows attend: the same for all, so that no row branches by its own span.
-struct RowVectors {
-  int first, full, full_end, last;  // in [full, full_end) all lanes of all rows are attended
-  RowVectors(const Span* spans, int rows) : first(BLOCK_K), full(0), full_end(BLOCK_K), last(0) {
-    for (int i = 0; i < rows; i++) {
-      full = std::max(full, spans[i].begin), full_end = std::min(full_end, spans[i].end);
-      if (spans[i].begin < spans[i].end) first = std::min(first, spans[i].begin), last = std::max(last, spans[i].end);
-    }
-    first = first / VL * VL, last = (last + VL - 1) / VL * VL;
-    full = std::min((full + VL - 1) / VL * VL, last), full_end = std::max(full_end / VL * VL, full);
-  }
-  // act(column, whether some lanes lie outside) in rising order.
-  template <class Act>
-  __attribute__((always_inline)) void each(Act&& act) const {
-    int c = first;
-    for (; c < full; c += VL) act(c, std::true_type{});
-    for (; c < full_end; c += VL) act(c, std::false_type{});
-    for (; c < last; c += VL) act(c, std::true_type{});
-  }
-};
-
 // act(BandTile) for the tiles of rows of queries [a, b), in order.
 template <class Act>
 static inline void each_tile(const Band& band, int64_t a, int64_t b, int64_t group, const Range& keys, Act&& act) {

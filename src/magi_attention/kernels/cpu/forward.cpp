@@ -12,12 +12,10 @@ namespace {
 
 constexpr int64_t ROWS_WANTED = 480;  // of a stretch: they pay for packing, and their outputs stay in the caches
 constexpr int64_t FETCHED = 2 * LANES;  // rows of the next stretch, while one is computed
-constexpr int64_t PIECE_Q = LANES;    // queries of a piece of a stretch: whole tiles, whatever the heads of a group
+constexpr int64_t PIECE_Q = LANES;      // queries of a piece of a stretch: whole tiles, whatever the heads of a group
 
 // One piece of a stretch against one block of keys, by one band.
 struct Job { int32_t block, piece; int64_t band; };
-
-enum class State : char { EMPTY, SUMS, WRITTEN };
 
 // A tile of a stretch, which has LANES places for its rows from `place` on. Row 0 is the head `skipped` of query `a`.
 struct Tile {
@@ -28,16 +26,15 @@ struct Tile {
 
 // What a worker needs for a stretch. Logits are in units of log 2.
 struct Scratch {
-  Buffer k_rows, v_rows, values, q_rows, q, scores, out, top, total, lse, weights, raw_top;
-  std::vector<State> states;  // of rows of out
+  Buffer k_rows, v_rows, values, q_rows, q, scores, top, total, lse, weights, raw_top;
+  SumRows out;
   std::vector<Job> jobs;
   std::vector<Tile> tiles;
   std::vector<int> first_tile;  // of each piece
   template <class E>
   Scratch(const Columns<E>& k, const Columns<E>& v, int64_t places, int64_t max_jobs)
       : k_rows(BLOCK_K * k.stride), v_rows(BLOCK_K * v.stride), values(v.across(BLOCK_K)), q_rows(VL * k.stride), q(places * k.stride),
-        scores(BLOCK_K * LANES), out(places * v.padded), top(places), total(places), lse(places), weights(places), raw_top(places),
-        states(places) {
+        scores(BLOCK_K * LANES), top(places), total(places), lse(places), weights(places), raw_top(places), out(places, v.padded) {
     jobs.reserve(max_jobs);
   }
 };
@@ -91,7 +88,7 @@ struct Kernel {
     Scratch& s;
     int64_t first_piece, last_piece, kv;
     Rows<T> q_ahead, next_q, next_k, next_v;  // of this stretch, and what the next one begins with
-    int64_t places = 0, packed_rows = 0, left = 0;  // left: rows that are not yet written
+    int64_t places = 0, left = 0;  // left: rows that are not yet written
 
     void run(int64_t stretch) {
       const auto& k = kernel;
@@ -99,7 +96,7 @@ struct Kernel {
       std::fill(s.top + 0, s.top + places, -INFINITY);
       std::fill(s.raw_top + 0, s.raw_top + places, -INFINITY);
       std::fill(s.total + 0, s.total + places, 0.f);
-      std::fill_n(s.states.begin(), places, State::EMPTY);
+      s.out.reset(places);
       s.jobs.clear();
       k.each_job(stretch, [&](const Job& job) { s.jobs.push_back(job); });
       std::sort(s.jobs.begin(), s.jobs.end(), [](const Job& x, const Job& y) {
@@ -190,9 +187,9 @@ struct Kernel {
           Span attended = x.strip(row, rows);
           int64_t place = tile.place + row;
           bool& add = adds[(row - x.lanes.begin) / MR];
-          if (c == 0) add = prepare(place, rows);
+          if (c == 0) add = s.out.prepare(place, rows);
           Range used = whole_words<E>({attended.begin, attended.end}, allowed);
-          Sums sums{s.out + place * out.padded + c, (long)out.padded, add};
+          Sums sums{s.out.row(place) + c, (long)out.padded, add};
           Left probs{s.scores + row, 1, LANES};
           if constexpr (leaves_as<E, T>) {
             Results<T> to{sums, s.weights + place, results + row, c, k.streams};
@@ -204,7 +201,7 @@ struct Kernel {
         }
       if (leaves) {
         int64_t rows = x.lanes.end - x.lanes.begin;
-        std::fill_n(s.states.data() + tile.place + x.lanes.begin, rows, State::WRITTEN), left -= rows;
+        s.out.set_written(tile.place + x.lanes.begin, rows), left -= rows;
       }
     }
 
@@ -226,19 +223,6 @@ struct Kernel {
       tile.packed = true;
     }
 
-    // Whether rows of out are to be added to; those that hold nothing yet then become 0.
-    bool prepare(int64_t j, int rows) const {
-      State* states = s.states.data() + j;
-      bool any = std::count(states, states + rows, State::SUMS) > 0;
-      for (int row = 0; row < rows; row++) {
-        if (any && states[row] == State::EMPTY) clear(j + row);
-        states[row] = State::SUMS;
-      }
-      return any;
-    }
-
-    void clear(int64_t j) const { std::fill_n(s.out + j * kernel.v_columns.padded, kernel.v_columns.padded, 0.f); }
-
     // Where maxima rise, what was summed up before shrinks. Returns the maxima.
     vf raise_tops(int64_t j, vf highest) const {
       vf before = load(s.top + j);
@@ -249,8 +233,8 @@ struct Kernel {
       vf shrink = shrinks ? exp2v(before - highest) : splat(1.f);
       store(s.total + j, load(s.total + j) * shrink);
       for (int i = 0; i < VL; i++) {
-        if (!shrinks[i] || s.states[j + i] == State::EMPTY) continue;
-        float* out = s.out + (j + i) * kernel.v_columns.padded;
+        if (!shrinks[i] || s.out.state(j + i) == SumRows::EMPTY) continue;
+        float* out = s.out.row(j + i);
         for (int64_t e = 0; e < kernel.v_columns.padded; e += VL) store(out + e, load(out + e) * shrink[i]);
       }
       return top;
@@ -270,8 +254,8 @@ struct Kernel {
       for (const Tile& tile : s.tiles) {
         int64_t at = row_at(tile.a), j = tile.place;
         for (int row = 0, g = tile.skipped; row < tile.rows; row++, j++) {
-          if (s.states[j] == State::EMPTY) clear(j);
-          if (s.states[j] != State::WRITTEN) finish_row(j, at + g);
+          if (s.out.state(j) == SumRows::EMPTY) s.out.clear(j);
+          if (s.out.state(j) != SumRows::WRITTEN) finish_row(j, at + g);
           if (++g == kernel.group()) g = 0, at += kernel.p.hq;
         }
       }
@@ -283,7 +267,7 @@ struct Kernel {
     void finish_row(int64_t j, int64_t at) const {
       const Problem& p = kernel.p;
       const ForwardOutput& o = kernel.o;
-      const float* src = s.out + j * kernel.v_columns.padded;
+      const float* src = s.out.row(j);
       float lse = s.lse[j], weight = s.weights[j];
       if (o.merge) {
         float *dst = o.out_wide + at * p.dv, before = o.lse[at];

@@ -208,7 +208,7 @@ static inline Across rows_across(const View& x, int64_t token, int64_t head, int
   }
 }
 
-// Rows of sums that are made bit by bit, and what they hold.
+// Rows of sums that are made step by step, and what they hold.
 class SumRows {
  public:
   enum State : char { EMPTY, SUMS, WRITTEN };  // WRITTEN: the result is where the caller wants it

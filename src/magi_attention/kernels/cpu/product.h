@@ -73,8 +73,27 @@ static inline void put_row(float* to, const vf (&x)[N], bool stream) {
   }
 }
 #if defined(NATIVE_BF16)
+// Element by element, subnormals too.
+static __attribute__((noinline)) void narrow_vectors(const vf* x, int count, bf16* to) {
+  for (int i = 0; i < count * VL; i++) narrow(x[i / VL][i % VL], to + i);
+}
+
+// Whether the processor's rounding to bfloat16 would make 0 of some lane that is not.
+static inline bool rounds_to_0(vf x) {
+#if defined(__AVX512BF16__)
+  return _mm512_fpclass_ps_mask((__m512)x, 0x20);  // subnormals
+#else
+  (void)x;
+  return false;
+#endif
+}
+
 template <int N>
 static inline void put_row(bf16* to, const vf (&x)[N], bool stream) {
+  bool flushed = false;
+#pragma GCC unroll 8
+  for (int j = 0; j < N; j++) flushed |= rounds_to_0(x[j]);
+  if (__builtin_expect(flushed, false)) return narrow_vectors(x, N, to);
   int j = 0;
 #if defined(__AVX512BF16__)
 #pragma GCC unroll 4

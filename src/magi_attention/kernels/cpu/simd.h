@@ -44,16 +44,6 @@ static inline vf rounded(vf x) {
   return x;
 }
 
-// For each vector that has columns in [begin, end), in rising order: act(column, whether some of its lanes lie outside).
-template <class Act>
-static inline __attribute__((always_inline)) void each_vector(int begin, int end, Act&& act) {
-  if (begin >= end) return;
-  int c = begin / VL * VL;
-  if (c < begin) act(c, std::true_type{}), c += VL;
-  for (; c + VL <= end; c += VL) act(c, std::false_type{});
-  if (c < end) act(c, std::true_type{});
-}
-
 static inline vi iota() {
   vi r{};
   for (int i = 0; i < VL; i++) r[i] = i;
@@ -65,16 +55,6 @@ static inline vi inside(int c, int begin, int end) {
   vi at = iota() + c;
   return (at >= begin) & (at < end);
 }
-
-// As a function of the column: the lanes that lie in [begin, end), as a mask.
-class Inside {
- public:
-  Inside(int begin, int end) : from_begin((vu)(iota() - begin)), count((uint32_t)(end > begin ? end - begin : 0)) {}
-  vi operator()(int c) const { return from_begin + (uint32_t)c < count; }
- private:
-  vu from_begin;
-  uint32_t count;
-};
 
 // The lanes a0 b0 a1 b1 ... of the lower (HIGH: upper) halves of two vectors.
 template <bool HIGH, class V, class Lane, size_t... i>
@@ -120,36 +100,6 @@ static inline bool any(vi mask) {
   for (int i = 0; i < VL; i++) some |= mask[i];
   return some;
 #endif
-}
-
-// All lanes into one: each step joins the lower half with the upper.
-template <class Join>
-static inline float fold(vf x, Join&& join) {
-#pragma GCC unroll 4
-  for (int lanes = VL; lanes > 1; lanes /= 2) x = join(interleave<false>(x, x), interleave<true>(x, x));
-  return x[0];
-}
-// NaN may be passed over.
-static inline float largest(vf x) {
-  return fold(x, vmax);
-}
-
-// All lanes of each of VL vectors into one: lane i is that of rows[i].
-template <class Join>
-static inline vf fold_rows(vf (&rows)[VL], Join&& join) {
-#pragma GCC unroll 4
-  for (int half = VL / 2; half; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; i++) rows[i] = join(interleave<false>(rows[i], rows[i + half]), interleave<true>(rows[i], rows[i + half]));
-  return rows[0];
-}
-
-// The sum of each of VL vectors, one after the other in memory.
-static inline vf sums_of(const float* x) {
-  vf rows[VL];
-#pragma GCC unroll 16
-  for (int i = 0; i < VL; i++) rows[i] = load(x + i * VL);
-  return fold_rows(rows, [](vf a, vf b) { return a + b; });
 }
 
 // A cache line to where it will not be read soon: past the caches, where the instruction set has a word for that. Such writes are seen by other
