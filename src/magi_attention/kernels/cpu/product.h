@@ -68,7 +68,7 @@ template <int N>
 static inline void put_row(float* to, const vf (&x)[N], bool stream) {
 #pragma GCC unroll 8
   for (int j = 0; j < N; j++) {
-    if (stream) stream_line(to + j * VL, &x[j]);
+    if (stream && sizeof(vf) == LINE) stream_line(to + j * VL, &x[j]);
     else store(to + j * VL, x[j]);
   }
 }
