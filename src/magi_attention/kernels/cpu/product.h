@@ -115,13 +115,13 @@ static inline void put_row(bf16* to, const vf (&x)[N], bool stream) {
 // Whether whole vectors are put to rows of T.
 template <class T> constexpr bool has_put_row = std::is_same<T, float>::value;
 #if defined(NATIVE_BF16)
-template <> constexpr bool has_put_row<bf16> = true;
+template <> inline constexpr bool has_put_row<bf16> = true;
 #endif
 
 // Whether results of type T may leave a product as they are made.
 template <class E, class T> constexpr bool leaves_as = std::is_same<T, float>::value && E::n == 1;
 #if defined(NATIVE_BF16)
-template <> constexpr bool leaves_as<Pairs, bf16> = true;
+template <> inline constexpr bool leaves_as<Pairs, bf16> = true;
 #endif
 
 // A: the word (i, k) is data[i * row + k * column].
