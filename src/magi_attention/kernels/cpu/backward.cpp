@@ -33,15 +33,8 @@ struct Scratch {
   const float* dscores_across() const { return E::n == 1 ? dscores : scores + LEAD; }
 };
 
-// Weights of rows that are results as they are.
-struct Ones {
-  float weights[MR];
-  constexpr Ones() : weights() {
-    for (float& x : weights) x = 1.f;
-  }
-};
-constexpr Ones all_ones;
-constexpr const float* ones = all_ones.weights;
+constexpr float ones[] = {1, 1, 1, 1, 1, 1};  // weights of rows that are results as they are
+static_assert(MR <= sizeof ones / sizeof *ones);
 
 template <class T, class D, class E>
 struct Kernel {
@@ -184,12 +177,8 @@ struct Kernel {
         Range used = whole_words<E>({strip.begin, strip.end}, keys);
         Left left{s.dscores + strip.row * LEAD, LEAD, 1};
         Sums sums{s.dq + strip.row * s.in.padded + c, (long)s.in.padded, false};
-        if constexpr (leaves_as<E, T>) {
-          Results<T> to{sums, ones, results + strip.row, c, stream_q};
-          multiply_elements<E>(strip.rows, s.in.vectors(c), used, left, k.at(c), sums, all_leave ? &to : nullptr);
-        } else {
-          multiply_elements<E>(strip.rows, s.in.vectors(c), used, left, k.at(c), sums);
-        }
+        Results<T> to{sums, ones, results + strip.row, c, stream_q};
+        multiply_elements<E>(strip.rows, s.in.vectors(c), used, left, k.at(c), sums, all_leave ? &to : nullptr);
         between();
       }
     if (all_leave) return;
@@ -227,7 +216,7 @@ struct Kernel {
   Output value_output(int64_t kv) const { return {in.dv, p.dv, kv, stream_v}; }
 
   // Whether results may leave products as they are made.
-  bool leaves(int64_t columns) const { return leaves_as<E, T> && columns % VL == 0 && (in.narrow || std::is_same<T, float>::value); }
+  bool leaves(int64_t columns) const { return may_leave<E, T>(columns, !in.narrow); }
 
   // sums [keys, columns] += weights^T [keys, rows] rows [rows, columns].
   template <class Between>
@@ -255,15 +244,11 @@ struct Kernel {
         }
         Left left{weights + c, 1, E::n * LEAD};
         Sums to{sums.row(c) + e, (long)columns.padded, add[i]};
-        if constexpr (leaves_as<E, T>) {
-          T* results[MR];
-          for (int key = 0; leave[i] && key < num; key++)
-            results[key] = (T*)output.data + ((x.keys.begin + c + key) * p.hk + output.kv) * output.columns;
-          Results<T> direct{to, ones, results, e, output.stream};
-          multiply_elements<E>(num, columns.vectors(e), used, left, rows.at(e), to, leave[i] ? &direct : nullptr);
-        } else {
-          multiply_elements<E>(num, columns.vectors(e), used, left, rows.at(e), to);
-        }
+        T* results[MR];
+        for (int key = 0; leave[i] && key < num; key++)
+          results[key] = (T*)output.data + ((x.keys.begin + c + key) * p.hk + output.kv) * output.columns;
+        Results<T> direct{to, ones, results, e, output.stream};
+        multiply_elements<E>(num, columns.vectors(e), used, left, rows.at(e), to, leave[i] ? &direct : nullptr);
         between();
       }
   }

@@ -1,5 +1,5 @@
 // Forward: online softmax over blocks of keys (Milakov and Gimelshein 2018; Dao et al. 2022). A task is a stretch of queries and the heads that
-// share one head of keys: each block of keys and values that it attends is packed once for all of them.
+// share one head of keys: its queries and each block of values that it attends are packed once, keys are multiplied where they lie.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t ROWS_WANTED = 480;  // of a stretch: they pay for packing, and their outputs stay in the caches
+constexpr int64_t ROWS_WANTED = 480;    // of a stretch: they pay for packing, and their outputs stay in the caches
 constexpr int64_t FETCHED = 2 * LANES;  // rows of the next stretch, while one is computed
 constexpr int64_t PIECE_Q = LANES;      // queries of a piece of a stretch: whole tiles, whatever the heads of a group
 
@@ -20,7 +20,7 @@ struct Job { int32_t block, piece; int64_t band; };
 // A tile of a stretch, which has LANES places for its rows from `place` on. Row 0 is the head `skipped` of query `a`.
 struct Tile {
   int64_t a, place;
-  int skipped, rows, piece;
+  int skipped, rows;
   bool packed;
 };
 
@@ -132,7 +132,7 @@ struct Kernel {
         Range q = k.pieces[piece];
         int64_t rows = (q.end - q.begin) * group;
         for (int64_t row = 0; row < rows; row += LANES, places += LANES)
-          s.tiles.push_back({q.begin + row / group, places, (int)(row % group), (int)std::min<int64_t>(LANES, rows - row), (int)piece, false});
+          s.tiles.push_back({q.begin + row / group, places, (int)(row % group), (int)std::min<int64_t>(LANES, rows - row), false});
         left += rows;
       }
       s.first_tile.push_back((int)s.tiles.size());
@@ -191,12 +191,8 @@ struct Kernel {
           Range used = whole_words<E>({attended.begin, attended.end}, allowed);
           Sums sums{s.out.row(place) + c, (long)out.padded, add};
           Left probs{s.scores + row, 1, LANES};
-          if constexpr (leaves_as<E, T>) {
-            Results<T> to{sums, s.weights + place, results + row, c, k.streams};
-            multiply_elements<E>(rows, out.vectors(c), used, probs, values.at(c), sums, leaves ? &to : nullptr);
-          } else {
-            multiply_elements<E>(rows, out.vectors(c), used, probs, values.at(c), sums);
-          }
+          Results<T> to{sums, s.weights + place, results + row, c, k.streams};
+          multiply_elements<E>(rows, out.vectors(c), used, probs, values.at(c), sums, leaves ? &to : nullptr);
           fetch_some();
         }
       if (leaves) {
@@ -317,7 +313,7 @@ void run(const Problem& p, const ForwardOutput& o) {
   std::vector<int64_t> stretches = make_stretches(p, pieces);
   void* out = o.out_wide ? o.out_wide : o.out_narrow;
   int64_t row = p.dv * (int64_t)(o.out_wide ? sizeof(float) : sizeof(T)), size = p.num_q * p.hq * row;
-  bool leaves = !o.merge && p.dv % VL == 0 && leaves_as<typename ProductOf<T>::type, T> && (std::is_same<T, float>::value || !o.out_wide);
+  bool leaves = !o.merge && may_leave<typename ProductOf<T>::type, T>(p.dv, o.out_wide);
   Kernel<T> kernel{p, o, pieces, blocks, index, stretches, to_stream(out, row, size), leaves, {}};
   for (int64_t lane = 0; lane < LANES + kernel.group(); lane++) kernel.lane_queries.push_back((int)(lane / kernel.group()));
   int64_t num_stretches = (int64_t)stretches.size() - 1, count = num_stretches * p.hk, group = kernel.group();

@@ -1,7 +1,7 @@
 // From the caller's tensors to the layouts that the micro-kernel reads, a block or a tile at a time, in words (see product.h).
 //
 //   rows     [token][stride]                       natural order, for the left side of a product
-//   along    [token panel][word][NR]               B of a product that sums over columns (Q K^T, dO V^T)
+//   along    [token panel][word][panel's width]    B of a product that sums over columns (Q K^T, dO V^T)
 //   across   [column panel][token word][NR]        B of a product that sums over tokens (P V, dS K, P^T dO, dS^T Q); where a word is one
 //                                                  element, rows are that already
 #pragma once
@@ -112,12 +112,22 @@ struct WordRows {
 template <class T, class E>
 constexpr bool are_words = sizeof(T) * E::n == sizeof(float);
 
-// Of one head, rows [begin, end) counted from a token; where they are copied, to row `begin` of `copy` on.
+// The same, and rows are of whole vectors.
+template <class T, class E>
+static inline bool are_vectors(const Columns<E>& columns) { return are_words<T, E> && columns.count % (VL * E::n) == 0; }
+
+// Of one head, rows [begin, end) counted from a token, to row `begin` of `copy` on.
+template <class T, class E>
+static inline void copy_block(const View& x, int64_t token, int64_t head, int begin, int end, const Columns<E>& columns, float* copy) {
+  copy_rows<T, E>({x, token + begin, head, 1, 0, end - begin}, columns, copy + begin * columns.stride);
+}
+
+// The same rows where they lie, or else as a copy.
 template <class T, class E>
 static inline WordRows word_rows(const View& x, int64_t token, int64_t head, int begin, int end, const Columns<E>& columns, float* copy) {
-  if (are_words<T, E> && columns.count % (VL * E::n) == 0)
+  if (are_vectors<T>(columns))
     return {(const char*)row_of<T>(x, token, head), x.token * (int64_t)sizeof(T)};
-  copy_rows<T, E>({x, token + begin, head, 1, 0, end - begin}, columns, copy + begin * columns.stride);
+  copy_block<T>(x, token, head, begin, end, columns, copy);
   return {(const char*)copy, columns.stride * (int64_t)sizeof(float)};
 }
 
@@ -127,7 +137,7 @@ static inline Left left_rows(const View& x, int64_t token, int64_t head, int beg
   const T* rows = row_of<T>(x, token, head);
   if (are_words<T, E> && columns.count % E::n == 0 && x.token % E::n == 0 && (uintptr_t)rows % sizeof(float) == 0)
     return {(const float*)rows, (long)(x.token / E::n), 1};
-  copy_rows<T, E>({x, token + begin, head, 1, 0, end - begin}, columns, copy + begin * columns.stride);
+  copy_block<T>(x, token, head, begin, end, columns, copy);
   return {copy, (long)columns.stride, 1};
 }
 
@@ -147,7 +157,7 @@ static inline void pack_vector(const Row& row, int64_t words, float* to) {
 // Rows of a tile, VL at a time, as columns of its panels; lanes past the last row hold it again.
 template <class T, class E, int WIDTH>
 static void pack_tile(Rows<T> rows, int count, const Columns<E>& columns, float* copy, float* to) {
-  bool in_place = are_words<T, E> && columns.count % (VL * E::n) == 0;
+  bool in_place = are_vectors<T>(columns);
   for (int t = 0; t < count; t += VL) {
     const char* at[VL];
     for (int i = 0; i < VL; i++) {
@@ -201,7 +211,7 @@ static Across pack_across(const WordRows& rows, const Columns<E>& columns, int t
 template <class T, class E>
 static inline Across rows_across(const View& x, int64_t token, int64_t head, int begin, int end, const Columns<E>& columns, float* copy, float* to) {
   if constexpr (E::n == 1) {
-    copy_rows<T, E>({x, token + begin, head, 1, 0, end - begin}, columns, copy + begin * columns.stride);
+    copy_block<T>(x, token, head, begin, end, columns, copy);
     return {copy, columns.stride, NR};
   } else {
     return pack_across<E>(word_rows<T>(x, token, head, begin, end, columns, copy), columns, BLOCK_K, begin, end, to);

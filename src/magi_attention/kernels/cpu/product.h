@@ -32,7 +32,11 @@ struct Pairs {
   typedef __m256i Halves;
   static vf madd(vf a, vf b, vf c) { return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b); }
   static Halves round(vf x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
-  static vi widen(Halves x) { return (vi)_mm512_cvtepu16_epi32(x); }
+  static vf round(vf low, vf high) { return (vf)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+  static vf word(const vf (&x)[2]) {
+    vf halves = round(x[0], x[1]);
+    return interleave_halves<false>(halves, (vf)_mm512_shuffle_f64x2((__m512d)halves, (__m512d)halves, 0xee));
+  }
 #else
   typedef uint16x4_t Halves;
   static vf madd(vf a, vf b, vf c) {
@@ -40,20 +44,12 @@ struct Pairs {
   }
   static Halves round(vf x) { return vreinterpret_u16_bf16(vcvt_bf16_f32((float32x4_t)x)); }
   static vi widen(Halves x) { return (vi)vmovl_u16(x); }
+  static vf word(const vf (&x)[2]) { return (vf)(widen(round(x[0])) | widen(round(x[1])) << 16); }
 #endif
   static void put(float* row, int c, vf x) {
     Halves halves = round(x);
     memcpy((char*)row + 2 * c, &halves, sizeof halves);
   }
-#if defined(__AVX512BF16__)
-  static vf round(vf low, vf high) { return (vf)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
-  static vf word(const vf (&x)[2]) {
-    vf halves = round(x[0], x[1]);
-    return interleave_halves<false>(halves, (vf)_mm512_shuffle_f64x2((__m512d)halves, (__m512d)halves, 0xee));
-  }
-#else
-  static vf word(const vf (&x)[2]) { return (vf)(widen(round(x[0])) | widen(round(x[1])) << 16); }
-#endif
 };
 #endif
 
@@ -118,11 +114,13 @@ template <class T> constexpr bool has_put_row = std::is_same<T, float>::value;
 template <> inline constexpr bool has_put_row<bf16> = true;
 #endif
 
-// Whether results of type T may leave a product as they are made.
-template <class E, class T> constexpr bool leaves_as = std::is_same<T, float>::value && E::n == 1;
-#if defined(NATIVE_BF16)
-template <> inline constexpr bool leaves_as<Pairs, bf16> = true;
-#endif
+// Whether results of type T may leave a product of E as they are made.
+template <class E, class T> constexpr bool leaves_as = has_put_row<T> && std::is_same<E, typename ProductOf<T>::type>::value;
+// The same of `columns` of them; `wide`: they are wanted in float.
+template <class E, class T>
+static inline bool may_leave(int64_t columns, bool wide) {
+  return leaves_as<E, T> && columns % VL == 0 && (!wide || std::is_same<T, float>::value);
+}
 
 // A: the word (i, k) is data[i * row + k * column].
 struct Left {
@@ -228,7 +226,8 @@ static inline Range whole_words(Range x, const Range& allowed) {
 }
 
 // C = A B, or C += A B where `c.add`, over the elements of a range of the axis that is summed over, at least one; `a` and `b` are at its element
-// 0. Of a word that is cut, the elements outside count as 0 in B, whatever they are; in A they must be finite. With `results`, C goes there.
+// 0. Of a word that is cut, the elements outside count as 0 in B, whatever they are; in A they must be finite. With `results`, where
+// those of their type may leave, C goes there.
 template <class E, class T = float>
 static inline void multiply_elements(int rows, int vectors, const Range& range, const Left& a, const Right& b, Sums c,
                                      const Results<T>* results = nullptr) {
@@ -236,8 +235,14 @@ static inline void multiply_elements(int rows, int vectors, const Range& range, 
   bool cut_first = range.begin % E::n, cut_last = range.end % E::n;
   auto words = [&](int64_t word, int64_t count, const Right& from, bool is_last) {
     Left left{a.data + word * a.column, a.row, a.column};
-    if (is_last && results) multiply<E>(rows, vectors, (int)count, left, from, Results<T>{c, results->weights, results->rows, results->column, results->stream});
-    else multiply<E>(rows, vectors, (int)count, left, from, c);
+    if constexpr (leaves_as<E, T>) {
+      if (is_last && results) {
+        Results<T> to = *results;
+        to.sums.add = c.add;
+        return multiply<E>(rows, vectors, (int)count, left, from, to);
+      }
+    }
+    multiply<E>(rows, vectors, (int)count, left, from, c);
     c.add = true;
   };
   if constexpr (E::n == 2) {
