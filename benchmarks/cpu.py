@@ -7,6 +7,7 @@ fastest call, shares and ratios the median over the rounds. FLOPs: ``4 * area * 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import platform
 import statistics
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from attention_masks import SHORT, BenchmarkMask, make_masks
 from contestants import NUM_HEADS_KV, NUM_HEADS_Q, Call, Inputs, fastest, flex, gemm, ours, products_are_native, sdpa
 from magi_attention.kernels.interface import AttnSettings, KernelMask
 from magi_attention.kernels.registry import load
+from magi_attention.mask import varlen
 from magi_attention.testing.kernel_check import KernelInputs, run_kernel
 from magi_attention.testing.oracle import assert_results_as_exact, attention_oracle, plain_result
 from tables import write_csv
@@ -123,8 +125,8 @@ def main(args: argparse.Namespace) -> int:
         row = vars(case) | _measure(case, rounds, patience, case.tokens in args.rival_tokens) | errors[key]
         rows.append(row)
         _print_row(row)
-    for dtype in args.dtypes:
-        _print_short_documents(dtype, 0 if args.quick else 10_000 if args.documents is None else args.documents)
+    num_documents = 0 if args.quick else 10_000 if args.documents is None else args.documents
+    _print_short_documents(args.dtypes, num_documents, rounds)
     if args.csv is not None:
         write_csv(args.csv, FIELDS, rows)
     return sum(not one["within_rule"] for one in errors.values())
@@ -173,29 +175,53 @@ def _measure(case: Case, num_rounds: int, patience_s: float, with_rivals: bool) 
     return row
 
 
-def _print_short_documents(dtype_name: str, num_documents: int) -> None:
-    """Causal documents of 32 tokens beside causal documents of some hundreds (the mask "varlen"): what a slice costs."""
+def _print_short_documents(dtypes: list[str], num_documents: int, num_rounds: int) -> None:
+    """What a slice costs: documents of 32 tokens, causal and full, beside causal documents of some hundreds (the mask "varlen").
+
+    Outputs go to fresh memory, as the C library hands out large tensors, and then to memory that it keeps, as other allocators do.
+    """
     if not num_documents:
         return
     torch.set_num_threads(1)
-    calls: dict[str, Call] = {}
-    flops: dict[str, float] = {}
-    for name, total in (("varlen", 8192), ("short", num_documents * SHORT)):
-        mask = make_masks(total)[name]
-        calls |= {
-            f"{name} {way}": call for way, call in ours(mask, Inputs.random(total, 128, DTYPES[dtype_name])).items()
-        }
-        flops[name] = 4.0 * mask.mask.area * NUM_HEADS_Q * 128
-    turns = Turns(calls, 3, enough_s=0.1, patience_s=30.0)
-    rates = [
-        f"{way} {factor * flops['short'] / turns.best(f'short {way}') / 1e9:.0f} GFLOP/s, "
-        f"{turns.ratio(f'varlen {way}', f'short {way}') * flops['short'] / flops['varlen']:.2f} of the long ones' rate"
-        for way, factor in (("forward", 1.0), ("backward", BACKWARD_FLOPS))
-    ]
     print(
-        f"\n{dtype_name}, {num_documents:,} documents of {SHORT} tokens, head_dim 128, 1 thread: {'; '.join(rates)}",
+        f"\n{num_documents:,} documents of {SHORT} tokens, head_dim 128, 1 thread: GFLOP/s (share of long documents' rate)\n"
+        f"{'memory':<8}{'dtype':<7}{'mask':<8}{'forward':>14}{'backward':>14}",
         flush=True,
     )
+    for memory in ("fresh", "kept"):
+        if memory == "kept" and not _keep_memory():
+            print("this C library cannot be told to keep memory")
+            return
+        for dtype in dtypes:
+            for mask, rates in _short_documents(DTYPES[dtype], num_documents, num_rounds).items():
+                columns = "".join(f"{f'{rate:.0f} ({share:.2f})':>14}" for rate, share in rates)
+                print(f"{memory:<8}{dtype:<7}{mask:<8}{columns}", flush=True)
+
+
+def _keep_memory() -> bool:
+    """Have the C library keep what is freed, for the rest of the process. False: it does not know how."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_max = -1, -4  # of glibc's malloc.h
+    return mallopt is not None and bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, -1))
+
+
+def _short_documents(dtype: torch.dtype, num_documents: int, num_rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """By mask, forward and backward: GFLOP/s of short documents, and the share of the long ones' rate."""
+    total = num_documents * SHORT
+    edges, long = list(range(0, total + 1, SHORT)), make_masks(8192)["varlen"]
+    short = {name: replace(long, mask=varlen(edges, causal=name == "causal")) for name in ("causal", "full")}
+    x = Inputs.random(total, 128, dtype)
+    calls = {f"long {way}": call for way, call in ours(long, Inputs.random(8192, 128, dtype)).items()}
+    for name, mask in short.items():
+        calls |= {f"{name} {way}": call for way, call in ours(mask, x).items()}
+    turns = Turns(calls, num_rounds, enough_s=0.1, patience_s=60.0)
+
+    def rate(name: str, mask: BenchmarkMask, way: str) -> tuple[float, float]:
+        flops = 4.0 * mask.mask.area * NUM_HEADS_Q * 128 * (BACKWARD_FLOPS if way == "backward" else 1.0)
+        share = turns.ratio(f"long {way}", f"{name} {way}") * mask.mask.area / long.mask.area
+        return flops / turns.best(f"{name} {way}") / 1e9, share
+
+    return {name: [rate(name, mask, way) for way in ("forward", "backward")] for name, mask in short.items()}
 
 
 def _errors(head_dim: int, dtype_name: str, mask_name: str) -> dict[str, Any]:

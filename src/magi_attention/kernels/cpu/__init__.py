@@ -6,7 +6,8 @@ for in a third dtype, and buffers for dq that are at most three times its size i
 a window). Same inputs give the same bits, whatever the number of threads, which follows `torch.set_num_threads`.
 
 bfloat16 is multiplied as such where the processor does that (AVX-512 and NEON with bfloat16), with sums in float32; elsewhere, like
-float16 everywhere, it is widened to float32.
+float16 everywhere, it is widened to float32. Where it is multiplied as such, numbers below its smallest normal one (1.2e-38) may count
+as 0, in inputs and in results.
 
 Where there is no compiler, or it fails, the tiled torch version serves and a warning says so, once.
 """
@@ -124,7 +125,7 @@ def forward(
     out_dtype = out_dtype or torch.float32
     if not len(mask.bands) or not q.numel():
         return into or empty_partial(q, v.shape[2], out_dtype, with_max_logits=settings.return_max_logits)
-    if into is not None and not (into.out.is_contiguous() and into.lse.is_contiguous()):
+    if into is not None and not all(x is None or x.is_contiguous() for x in into):
         return tiled.forward(q, k, v, mask, settings, into=into)
     result = into
     if result is None:

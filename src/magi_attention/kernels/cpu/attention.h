@@ -17,6 +17,8 @@
 #include <tuple>
 #include <vector>
 
+#include "simd.h"
+
 struct Band { int64_t q0, q1, k0, k1, lo, hi; };
 
 struct Range {
@@ -58,13 +60,17 @@ struct BackwardInput {
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
-// Runs task(index, worker) for every index in [0, count), each once, in rising order of start. Which worker takes which is not determined;
+// Runs task(index, worker) for every index in [0, count), each once, in rising order of start, about. Which worker takes which is not determined;
 // tasks share no output, so results are. Tasks must not throw: on another thread nothing would catch it.
 template <class Task>
 static void parallel(int64_t count, int threads, Task&& task) {
+  // Where there are many, a worker takes a few at a time: a counter that threads share waits for all that was written before.
+  int64_t few = std::min<int64_t>(std::max<int64_t>(count / (64 * threads), 1), 16);
   std::atomic<int64_t> next{0};
   auto work = [&](int worker) {
-    for (int64_t i; (i = next.fetch_add(1)) < count;) task(i, worker);
+    for (int64_t first; (first = next.fetch_add(few)) < count;)
+      for (int64_t i = first; i < std::min(first + few, count); i++) task(i, worker);
+    finish_streams();
   };
   int64_t extra = std::min<int64_t>(threads, count) - 1;
   std::vector<std::thread> others;
@@ -100,10 +106,13 @@ struct Buffer {
   operator float*() const { return data; }
 };
 
-// Rows of queries are (query, head), the heads that share one of keys side by side. A tile of at most TILE_ROWS of them, a multiple of MR, meets
-// a block of at most BLOCK_K keys, a multiple of NR: K and V blocks of 256 x 128 floats stay in the second-level cache. Rows of a tile's scores
-// are LEAD apart: not a power of two, so that a column of them falls into different cache sets.
-constexpr int TILE_ROWS = 60, BLOCK_K = 256, LEAD = BLOCK_K + 16;
+// Rows of queries are (query, head), the heads that share one of keys side by side. Tiles of them meet blocks of at most BLOCK_K keys, a multiple
+// of NR: K and V blocks of 256 x 128 floats stay in the second-level cache.
+constexpr int BLOCK_K = 256;
+
+// Tiles of the backward (those of the forward are in lanes.h) have at most TILE_ROWS rows, a multiple of MR. Rows of their scores are LEAD apart:
+// not a power of two, so that a column of them falls into different cache sets.
+constexpr int TILE_ROWS = 60, LEAD = BLOCK_K + 16;
 // Where a band has at most FEW_KEYS of a block, a tile's scores stay in the first-level cache for more rows: whole documents, whose dk and dv then
 // are no sums.
 constexpr int FEW_KEYS = 64, MOST_ROWS = 132;

@@ -1,8 +1,7 @@
-// Backward: five products for each tile of queries and block of keys (Dao et al. 2022, algorithm 4). A unit of work is one kv head and one
-// partition of its keys. Partitions are fixed by the problem, not by the threads, and dq is the sum of theirs, in order.
+// Backward: five products for each tile of queries and block of keys (Dao et al. 2022, algorithm 4). A task is a partition of the keys and one or
+// all of their heads. Partitions are fixed by the problem, not by the threads, and dq is the sum of theirs, in order.
 #include <algorithm>
 #include <memory>
-#include <new>
 
 #include "attention.h"
 #include "bands.h"
@@ -20,21 +19,29 @@ namespace {
 template <class E>
 struct Scratch {
   Columns<E> in, out;  // columns of q and k, of v and dout
-  Buffer k_rows, v_rows, k_along, v_along, k_across, q_rows, dout_rows, q_across, dout_across, scores, dscores, dq;
+  Buffer k_rows, v_rows, k_along, v_along, k_across, q_rows, dout_rows, q_across, dout_across, scores, dscores, dq, zeros;
   SumRows dk, dv;
+  std::vector<BandTile> tiles;
   int times[BLOCK_K + 1];  // that a tile attends a key of the block
   bool any_once;           // whether that is 1 of any
   Scratch(int64_t d, int64_t d_out)
       : in(d), out(d_out), k_rows(BLOCK_K * in.stride), v_rows(BLOCK_K * out.stride), k_along(BLOCK_K * in.stride),
         v_along(BLOCK_K * out.stride), k_across(in.across(BLOCK_K)), q_rows(MOST_ROWS * in.stride), dout_rows(MOST_ROWS * out.stride),
         q_across(in.across(MOST_ROWS)), dout_across(out.across(MOST_ROWS)), scores(MOST_ROWS * LEAD), dscores(MOST_ROWS * LEAD),
-        dq(MOST_ROWS * in.padded), dk(BLOCK_K, in.padded), dv(BLOCK_K, out.padded) {}
+        dq(MOST_ROWS * in.padded), zeros(std::max(in.stride, out.stride)), dk(BLOCK_K, in.padded), dv(BLOCK_K, out.padded) {
+    std::fill_n(zeros + 0, std::max(in.stride, out.stride), 0.f);
+  }
   const float* probs_across() const { return scores; }
   const float* dscores_across() const { return E::n == 1 ? dscores : scores + LEAD; }
 };
 
-constexpr float ones[] = {1, 1, 1, 1, 1, 1};  // weights of rows that are results as they are
-static_assert(MR <= sizeof ones / sizeof *ones);
+constexpr int64_t KEYS_ENOUGH = 32;  // of a block that ends where the next document begins
+// Rows and keys of the next block that are fetched while the last tile of one is worked on; rows at a time.
+constexpr int64_t FETCHED_ROWS = MOST_ROWS, FETCHED_KEYS = 64;
+constexpr int AT_ONCE = 2;
+
+// A block of keys and one of their heads.
+struct Unit { int64_t block, kv; };
 
 template <class T, class D, class E>
 struct Kernel {
@@ -116,38 +123,36 @@ struct Kernel {
       }
   }
 
-  // A tile of rows against the packed keys [packed) of its block.
-  void tile(const BandTile& x, int64_t kv, int64_t part, const Across& k, const Range& packed) const {
-    Strips strips(x);
-    int group = x.group;
-    int64_t head = kv * group, row = x.a * group + x.skipped;
-    Rows<T> q(p.q, x.a, head, group, x.skipped, x.rows);
-    Rows<D> dout(in.dout, x.a, head, group, x.skipped, x.rows);
-    int64_t after = std::min<int64_t>(MOST_ROWS, p.num_q * group - row - x.rows);
-    Rows<T> later_q(p.q, x.a, head, group, x.skipped, x.rows + after);
-    Rows<D> later_dout(in.dout, x.a, head, group, x.skipped, x.rows + after);
-    later_q.skip(x.rows), later_dout.skip(x.rows);
-    auto fetch_some = [&] { fetch(later_q, 1, p.d), fetch(later_dout, 1, p.dv); };
-
-    each_row(x, [&](int64_t query, int g) {
-      if (!parts.written_once(query)) prefetch<true>(parts.dq_row(part, query, head + g), p.d * (int64_t)sizeof(float));
-    });
-    copy_rows<T, E>(q, s.in, s.q_rows);
-    copy_rows<D, E>(dout, s.out, s.dout_rows);
-    if (x.rows % E::n) {
-      std::fill_n(s.q_rows + x.rows * s.in.stride, s.in.stride, 0.f);
-      std::fill_n(s.dout_rows + x.rows * s.out.stride, s.out.stride, 0.f);
+  // Rows that will be needed, brought nearer between products.
+  struct Ahead {
+    const Problem& p;
+    Rows<T> q;
+    Rows<D> dout;
+    Rows<T> k, v;
+    void fetch_some() {
+      if (k.any() || v.any()) fetch(k, AT_ONCE, p.d), fetch(v, AT_ONCE, p.dv);
+      else fetch(q, AT_ONCE, p.d), fetch(dout, AT_ONCE, p.dv);
     }
-    Across q_across = tile_across(s.q_rows, s.in, x.rows, s.q_across), dout_across = tile_across(s.dout_rows, s.out, x.rows, s.dout_across);
-    auto along = [&](const float* rows, const Columns<E>& columns, const float* panels, float* to) {
+  };
+
+  // A tile of rows against the packed keys [packed) of its block.
+  void tile(const BandTile& x, int64_t kv, int64_t part, const Across& k, const Range& packed, Ahead ahead) const {
+    Strips strips(x);
+    auto fetch_some = [&] { ahead.fetch_some(); };
+    each_row(x, [&](int64_t query, int g) {
+      if (!parts.written_once(query)) prefetch<true>(parts.dq_row(part, query, kv * x.group + g), p.d * (int64_t)sizeof(float));
+    });
+    TileRows q = tile_rows<T>(p.q, x, kv, s.in, s.q_rows), dout = tile_rows<D>(in.dout, x, kv, s.out, s.dout_rows);
+    Across q_across = q.across(s.q_across), dout_across = dout.across(s.dout_across);
+    auto along = [&](const TileRows& rows, const float* panels, float* to) {
       each_panel(strips, [&](int c, int vectors, const Strip& strip) {
-        multiply<E>(strip.rows, vectors, (int)columns.words, {rows + strip.row * columns.stride, columns.stride, 1},
-                           {panels + c / NR * NR * columns.stride + c % NR, NR}, Sums{to + strip.row * LEAD + c, LEAD, false});
+        multiply<E>(strip.rows, vectors, (int)rows.columns.words, rows.left(strip.row),
+                    {panels + c / NR * NR * rows.columns.stride + c % NR, NR}, Sums{to + strip.row * LEAD + c, LEAD, false});
         fetch_some();
       });
     };
-    along(s.q_rows, s.in, s.k_along, s.scores);
-    along(s.dout_rows, s.out, s.v_along, s.dscores);
+    along(q, s.k_along, s.scores);
+    along(dout, s.v_along, s.dscores);
     for (const Strip& strip : strips)
       for (int r = strip.row; r < strip.row + strip.rows; r += E::n) differentiate_rows(x, strips, r, kv, strip.first(), strip.last());
     Range keys{std::max(packed.begin, x.band.k0 - x.keys.begin), std::min(packed.end, x.band.k1 - x.keys.begin)};
@@ -156,17 +161,43 @@ struct Kernel {
     to_keys(s.dscores_across(), q_across, s.in, s.dk, x, key_output(kv), fetch_some);
   }
 
-  // The copied rows of a tile, which are followed by one of zeros where a word needs it.
-  static Across tile_across(const float* rows, const Columns<E>& columns, int count, float* to) {
-    if constexpr (E::n == 1) return {rows, columns.stride, NR};
-    else return pack_across<E>({(const char*)rows, columns.stride * (int64_t)sizeof(float)}, columns, MOST_ROWS, 0, count + count % 2, to);
+  // The rows of a tile, and one of zeros, which completes the last word.
+  struct TileRows {
+    const Columns<E>& columns;
+    int count;
+    const float* at[MOST_ROWS + 1];
+
+    // As the left side of a product, from one of them on.
+    auto left(int row) const {
+      if constexpr (E::n == 1) return Left{at[row], (long)columns.stride, 1};
+      else return LeftRows{at + row};
+    }
+    Across across(float* to) const {
+      if constexpr (E::n == 1) return {at[0], columns.stride, NR};
+      else return pack_across<E>([&](int64_t i) { return (const char*)at[i]; }, columns, MOST_ROWS, 0, count + count % 2, to);
+    }
+  };
+
+  // Where they lie if they can be used so, else copies. Single floats are copied: products read them again and again.
+  template <class X>
+  TileRows tile_rows(const View& from, const BandTile& x, int64_t kv, const Columns<E>& columns, float* copy) const {
+    TileRows to{columns, x.rows, {}};
+    Rows<X> rows(from, x.a, kv * x.group, x.group, x.skipped, x.rows);
+    if (E::n > 1 && lie_as_words<X>(from, columns) && columns.words == columns.stride) {
+      for (int i = 0; i < x.rows; i++) to.at[i] = (const float*)rows.next();
+    } else {
+      copy_rows<X, E>(rows, columns, copy);
+      for (int i = 0; i < x.rows; i++) to.at[i] = copy + i * columns.stride;
+    }
+    to.at[x.rows] = s.zeros;
+    return to;
   }
 
   // dq += dS K. Keys that share a word with those that a strip attends may be multiplied by its zeros where they are of `keys`.
   template <class Between>
   void to_queries(const BandTile& x, const Strips& strips, int64_t kv, int64_t part, const Across& k, const Range& keys, Between&& between) const {
     T* results[MOST_ROWS];
-    bool all_leave = leaves(p.d) && strips.count * MR >= x.rows;
+    bool all_leave = leaves(p.d);
     int row = 0;
     each_row(x, [&](int64_t q, int g) {
       results[row++] = (T*)in.dq + (q * p.hq + kv * x.group + g) * p.d;
@@ -177,7 +208,7 @@ struct Kernel {
         Range used = whole_words<E>({strip.begin, strip.end}, keys);
         Left left{s.dscores + strip.row * LEAD, LEAD, 1};
         Sums sums{s.dq + strip.row * s.in.padded + c, (long)s.in.padded, false};
-        Results<T> to{sums, ones, results + strip.row, c, stream_q};
+        Results<T> to{sums, nullptr, results + strip.row, c, stream_q};
         multiply_elements<E>(strip.rows, s.in.vectors(c), used, left, k.at(c), sums, all_leave ? &to : nullptr);
         between();
       }
@@ -231,62 +262,92 @@ struct Kernel {
       Range rows{std::max<int64_t>(0, first * x.group - x.skipped), std::min<int64_t>(x.rows, last * x.group - x.skipped)};
       return whole_words<E>(rows, {0, x.rows + x.rows % E::n});
     };
-    bool may_leave = s.any_once && leaves(output.columns), add[BLOCK_K / MR + 1], leave[BLOCK_K / MR + 1];
+    struct Part {
+      Range used;
+      bool leaves, add;
+    } parts[BLOCK_K / MR + 1];
+    bool may_leave = s.any_once && leaves(output.columns);
+    for (int c = key_begin, i = 0; c < key_end; c += MR, i++) {
+      int num = std::min(MR, key_end - c);
+      Part& part = parts[i] = {rows_of(c, num), false, false};
+      if (part.used.empty()) continue;
+      part.leaves = may_leave && std::all_of(s.times + c, s.times + c + num, [](int times) { return times == 1; });
+      if (part.leaves) sums.set_written(c, num);
+      else part.add = sums.prepare(c, num);
+    }
     for (int64_t e = 0; e < columns.padded; e += NR)
       for (int c = key_begin, i = 0; c < key_end; c += MR, i++) {
         int num = std::min(MR, key_end - c);
-        Range used = rows_of(c, num);
-        if (used.empty()) continue;
-        if (e == 0) {
-          leave[i] = may_leave && std::all_of(s.times + c, s.times + c + num, [](int times) { return times == 1; });
-          add[i] = !leave[i] && sums.prepare(c, num);
-          if (leave[i]) sums.set_written(c, num);
-        }
+        const Part& part = parts[i];
+        if (part.used.empty()) continue;
         Left left{weights + c, 1, E::n * LEAD};
-        Sums to{sums.row(c) + e, (long)columns.padded, add[i]};
+        Sums to{sums.row(c) + e, (long)columns.padded, part.add};
         T* results[MR];
-        for (int key = 0; leave[i] && key < num; key++)
+        for (int key = 0; part.leaves && key < num; key++)
           results[key] = (T*)output.data + ((x.keys.begin + c + key) * p.hk + output.kv) * output.columns;
-        Results<T> direct{to, ones, results, e, output.stream};
-        multiply_elements<E>(num, columns.vectors(e), used, left, rows.at(e), to, leave[i] ? &direct : nullptr);
+        Results<T> direct{to, nullptr, results, e, output.stream};
+        multiply_elements<E>(num, columns.vectors(e), part.used, left, rows.at(e), to, part.leaves ? &direct : nullptr);
         between();
       }
   }
 
   // How many tiles attend each key of a block.
-  void count_tiles(int64_t number, const Range& keys) const {
-    std::fill_n(s.times, BLOCK_K + 1, 0);
-    each_band(number, [&](const Band& band, const Range& q) {
-      each_tile(band, q.begin, q.end, group(), keys, [&](const BandTile& x) {
-        s.times[x.left(x.a)]++, s.times[x.right(x.query(x.rows - 1))]--;
-      });
-    });
-    for (int c = 1; c <= BLOCK_K; c++) s.times[c] += s.times[c - 1];
-    s.any_once = std::count(s.times, s.times + BLOCK_K, 1) > 0;
+  void count_tiles(int64_t keys) const {
+    std::fill_n(s.times, keys + 1, 0);
+    for (const BandTile& x : s.tiles) s.times[x.left(x.a)]++, s.times[x.right(x.query(x.rows - 1))]--;
+    for (int64_t c = 1; c <= keys; c++) s.times[c] += s.times[c - 1];
+    s.any_once = std::count(s.times, s.times + keys, 1) > 0;
   }
 
-  // All queries against one block of keys.
-  void block(int64_t number, int64_t kv) const {
-    Range keys = blocks[number], packed{keys.end - keys.begin, 0};
-    each_band(number, [&](const Band& band, const Range& q) {
-      BandTile x{band, q.begin, 0, 1, 1, keys};
-      packed.begin = std::min<int64_t>(packed.begin, x.left(q.begin)), packed.end = std::max<int64_t>(packed.end, x.right(q.end - 1));
+  // All queries against one block of keys. `next`: what comes after it, or null.
+  void run(const Unit& unit, const Unit* next) const {
+    int64_t kv = unit.kv, part = parts.of_block(unit.block);
+    Range keys = blocks[unit.block], packed{keys.end - keys.begin, 0};
+    s.tiles.clear();
+    each_band(unit.block, [&](const Band& band, const Range& q) {
+      each_tile(band, q.begin, q.end, group(), keys, [&](const BandTile& x) { s.tiles.push_back(x); });
     });
-    int64_t count = keys.end - keys.begin, part = parts.of_block(number);
-    count_tiles(number, keys);
+    for (const BandTile& x : s.tiles)
+      packed = {std::min<int64_t>(packed.begin, x.left(x.a)), std::max<int64_t>(packed.end, x.right(x.query(x.rows - 1)))};
+    int64_t count = keys.end - keys.begin;
+    count_tiles(count);
     s.dk.reset(count), s.dv.reset(count);
     Across k{};
     if (!packed.empty()) {
       int first = (int)packed.begin, last = (int)packed.end;
-      pack_along<E, NR>(word_rows<T>(p.k, keys.begin, kv, first, last, s.in, s.k_rows), s.in, first, last, s.k_along);
-      k = rows_across<T>(p.k, keys.begin, kv, first, last, s.in, s.k_rows, s.k_across);
+      WordRows k_rows = word_rows<T>(p.k, keys.begin, kv, first, last, s.in, s.k_rows);
+      pack_along<E, NR>(k_rows, s.in, first, last, s.k_along);
+      k = rows_across<E>(k_rows, s.in, first, last, s.k_rows, s.k_across);
       pack_along<E, NR>(word_rows<T>(p.v, keys.begin, kv, first, last, s.out, s.v_rows), s.out, first, last, s.v_along);
     }
-    each_band(number, [&](const Band& band, const Range& q) {
-      each_tile(band, q.begin, q.end, group(), keys, [&](const BandTile& x) { tile(x, kv, part, k, packed); });
-    });
+    for (size_t i = 0; i < s.tiles.size(); i++) tile(s.tiles[i], kv, part, k, packed, after(i, kv, next));
     finish(s.dk, keys, key_output(kv)), finish(s.dv, keys, value_output(kv));
-    finish_streams();
+  }
+
+  // What is read after a tile of a unit.
+  Ahead after(size_t tile, int64_t kv, const Unit* next) const {
+    if (tile + 1 < s.tiles.size()) {
+      const BandTile& x = s.tiles[tile + 1];
+      return ahead(kv, x.a, x.skipped, x.rows, {0, 0});
+    }
+    if (!next) return ahead(kv, 0, 0, 0, {0, 0});
+    Range q = first_queries(next->block), keys = blocks[next->block];
+    keys.end = std::min(keys.end, keys.begin + FETCHED_KEYS);
+    return ahead(next->kv, q.begin, 0, std::min((q.end - q.begin) * group(), FETCHED_ROWS), keys);
+  }
+  Ahead ahead(int64_t kv, int64_t query, int skipped, int64_t rows, const Range& keys) const {
+    int64_t head = kv * group(), count = keys.end - keys.begin;
+    return {p, {p.q, query, head, group(), skipped, rows}, {in.dout, query, head, group(), skipped, rows},
+            {p.k, keys.begin, kv, 1, 0, count}, {p.v, keys.begin, kv, 1, 0, count}};
+  }
+
+  // Of the first band that attends something of a block.
+  Range first_queries(int64_t block) const {
+    for (int64_t at = index.first[block]; at < index.first[block + 1]; at++) {
+      Range q = queries_of(p.bands[index.list[at]], blocks[block]);
+      if (!q.empty()) return q;
+    }
+    return {0, 0};
   }
 
   // Results of a block's keys that have not left.
@@ -317,11 +378,10 @@ struct Kernel {
 template <class T, class D>
 void run(const Problem& p, const BackwardInput& in) {
   typedef typename std::conditional<std::is_same<T, D>::value, typename ProductOf<T>::type, Single>::type E;
-  Pieces blocks(p, false, BLOCK_K);
+  Pieces blocks(p, false, BLOCK_K, find_documents(p, false), KEYS_ENOUGH);
   PieceBands index(p, false, blocks);
   Partitions parts(p, in, blocks, index);
-  int64_t units = p.hk * parts.count();
-  std::vector<std::unique_ptr<Scratch<E>>> scratch(std::min<int64_t>(p.threads, units));
+  std::vector<std::unique_ptr<Scratch<E>>> scratch(std::min<int64_t>(p.threads, p.hk * parts.count()));
   for (auto& s : scratch) s = std::make_unique<Scratch<E>>(p.d, p.dv);
   int64_t of_element = in.narrow ? (int64_t)sizeof(T) : 4;
   auto prepare = [&](void* data, int64_t rows, int64_t columns, bool keep) {
@@ -332,10 +392,16 @@ void run(const Problem& p, const BackwardInput& in) {
   bool stream_q = prepare(in.dq, p.num_q * p.hq, p.d, in.add_to_dq);
   bool stream_k = prepare(in.dk, p.num_k * p.hk, p.d, false), stream_v = prepare(in.dv, p.num_k * p.hk, p.dv, false);
   parts.clear();
-  parallel(units, p.threads, [&](int64_t unit, int worker) {
+  int64_t heads = parts.heads_together(), groups = p.hk / heads;
+  parallel(parts.count() * groups, p.threads, [&](int64_t task, int worker) {
     Kernel<T, D, E> kernel{p, in, blocks, index, parts, *scratch[worker], stream_q, stream_k, stream_v};
-    Range own = parts.blocks(unit / p.hk);
-    for (int64_t b = own.begin; b < own.end; b++) kernel.block(b, unit % p.hk);
+    Range own = parts.blocks(task / groups);
+    int64_t first = task % groups * heads, count = (own.end - own.begin) * heads;
+    auto unit = [&](int64_t i) { return Unit{own.begin + i / heads, first + i % heads}; };
+    for (int64_t i = 0; i < count; i++) {
+      Unit next = unit(i + 1);
+      kernel.run(unit(i), i + 1 < count ? &next : nullptr);
+    }
   });
   parts.add_up<T>();
 }

@@ -34,7 +34,7 @@ struct BandTile {
   int right(int64_t q) const { return (int)(std::min({band.k1, q + band.hi + 1, keys.end}) - keys.begin); }
 };
 
-// The strips of a tile that attend something, which are neighbours, and what each of its rows attends.
+// The strips of a tile of rows, which all attend something, and what each row attends.
 struct Strips {
   int count = 0;
   Strip at[MOST_ROWS / MR];
@@ -46,15 +46,14 @@ struct Strips {
       for (Span span{x.left(q), x.right(q)}; h < x.group && row < x.rows; h++, row++) rows[row] = span;
     for (int row = 0; row < x.rows; row += MR) {
       int end = std::min(row + MR, x.rows);
-      Strip strip{row, end - row, rows[row].begin, rows[end - 1].end};
-      if (strip.begin < strip.end) at[count++] = strip;
+      at[count++] = {row, end - row, rows[row].begin, rows[end - 1].end};
     }
   }
   const Strip* begin() const { return at; }
   const Strip* end() const { return at + count; }
 };
 
-// act(BandTile) for the tiles of rows of queries [a, b), in order.
+// act(BandTile) for the tiles of rows of queries [a, b), which all attend something, in order.
 template <class Act>
 static inline void each_tile(const Band& band, int64_t a, int64_t b, int64_t group, const Range& keys, Act&& act) {
   int64_t most = std::min(band.k1, keys.end) - std::max(band.k0, keys.begin) <= FEW_KEYS ? MOST_ROWS : TILE_ROWS;
@@ -74,11 +73,33 @@ static inline void each_panel(const Strips& strips, Act&& act) {
     }
 }
 
-// An axis of tokens in pieces of at most `most`. They end where bands do, so that documents stay whole, if a piece so gets more than half of that
-// or what follows then stays whole.
+// Where documents begin along an axis, in order: bands that share neither queries nor keys with the document before.
+static inline std::vector<int64_t> find_documents(const Problem& p, bool of_queries) {
+  struct Area { Range along, across; };  // along the axis, and along the other
+  std::vector<Area> areas;
+  for (int64_t b = 0; b < p.num_bands; b++) {
+    const Band& x = p.bands[b];
+    Range queries{x.q0, x.q1}, keys{x.k0, x.k1};
+    if (!queries.empty() && !keys.empty()) areas.push_back(of_queries ? Area{queries, keys} : Area{keys, queries});
+  }
+  auto before = [](const Area& x, const Area& y) { return x.along.begin < y.along.begin; };
+  if (!std::is_sorted(areas.begin(), areas.end(), before)) std::sort(areas.begin(), areas.end(), before);
+  auto join = [](const Range& x, const Range& y) { return Range{std::min(x.begin, y.begin), std::max(x.end, y.end)}; };
+  std::vector<int64_t> begins;
+  Area document{{0, 0}, {0, 0}};
+  for (const Area& x : areas) {
+    bool apart = x.along.begin >= document.along.end && (x.across.begin >= document.across.end || x.across.end <= document.across.begin);
+    if (apart) begins.push_back(x.along.begin), document = x;
+    else document = {join(document.along, x.along), join(document.across, x.across)};
+  }
+  return begins;
+}
+
+// An axis of tokens in pieces of at most `most`. A piece ends where the last band in its reach ends, if it is then longer than half of `most`, or if
+// the band that follows fits one piece: so short bands stay whole. And it ends where one of `documents` begins, once it has `enough`.
 class Pieces {
  public:
-  Pieces(const Problem& p, bool of_queries, int64_t most) {
+  Pieces(const Problem& p, bool of_queries, int64_t most, const std::vector<int64_t>& documents = {}, int64_t enough = 0) {
     int64_t length = of_queries ? p.num_q : p.num_k;
     std::vector<int64_t> ends;
     for (int64_t b = 0; b < p.num_bands; b++) {
@@ -88,12 +109,17 @@ class Pieces {
     }
     std::sort(ends.begin(), ends.end());
     auto next = ends.begin();
+    auto document = documents.begin();
     for (int64_t at = 0; at < length;) {
       borders.push_back(at);
-      int64_t end = std::min(at + most, length), whole = 0;
-      for (; next != ends.end() && *next <= end; ++next) whole = *next;
-      bool next_stays_whole = whole > at && next != ends.end() && *next - whole <= most;
-      at = end < length && (whole > at + most / 2 || next_stays_whole) ? whole : end;
+      int64_t end = std::min(at + most, length), whole = at;
+      while (next != ends.end() && *next <= at) ++next;
+      auto beyond = next;
+      for (; beyond != ends.end() && *beyond <= end; ++beyond) whole = *beyond;
+      bool next_stays_whole = whole > at && beyond != ends.end() && *beyond - whole <= most;
+      if (end < length && (whole > at + most / 2 || next_stays_whole)) end = whole;
+      while (document != documents.end() && *document < at + enough) ++document;
+      at = document != documents.end() ? std::min(end, *document) : end;
     }
     borders.push_back(length);
     near.reserve(length / APART + 1);

@@ -1,8 +1,7 @@
 // Forward: online softmax over blocks of keys (Milakov and Gimelshein 2018; Dao et al. 2022). A task is a stretch of queries and the heads that
-// share one head of keys: its queries and each block of values that it attends are packed once, keys are multiplied where they lie.
+// share one head of keys: its queries and each block of values that it attends are packed once, keys are multiplied where they lie if they can be.
 #include <algorithm>
 #include <memory>
-#include <new>
 
 #include "attention.h"
 #include "lanes.h"
@@ -10,9 +9,10 @@
 
 namespace {
 
-constexpr int64_t ROWS_WANTED = 480;    // of a stretch: they pay for packing, and their outputs stay in the caches
-constexpr int64_t FETCHED = 2 * LANES;  // rows of the next stretch, while one is computed
-constexpr int64_t PIECE_Q = LANES;      // queries of a piece of a stretch: whole tiles, whatever the heads of a group
+constexpr int64_t ROWS_WANTED = 480;        // of a stretch: they pay for packing, and their outputs stay in the caches
+constexpr int64_t ROWS_ENOUGH = 2 * LANES;  // of a stretch that ends where the next document begins
+constexpr int64_t FETCHED = LANES;          // rows of the next stretch, while one is computed: its first tile
+constexpr int64_t PIECE_Q = LANES;          // queries of a piece of a stretch: whole tiles, whatever the heads of a group
 
 // One piece of a stretch against one block of keys, by one band.
 struct Job { int32_t block, piece; int64_t band; };
@@ -26,7 +26,7 @@ struct Tile {
 
 // What a worker needs for a stretch. Logits are in units of log 2.
 struct Scratch {
-  Buffer k_rows, v_rows, values, q_rows, q, scores, top, total, lse, weights, raw_top;
+  Buffer k_rows, v_rows, values, q_rows, q, q_once, scores, top, total, lse, weights, raw_top;
   SumRows out;
   std::vector<Job> jobs;
   std::vector<Tile> tiles;
@@ -34,7 +34,7 @@ struct Scratch {
   template <class E>
   Scratch(const Columns<E>& k, const Columns<E>& v, int64_t places, int64_t max_jobs)
       : k_rows(BLOCK_K * k.stride), v_rows(BLOCK_K * v.stride), values(v.across(BLOCK_K)), q_rows(VL * k.stride), q(places * k.stride),
-        scores(BLOCK_K * LANES), top(places), total(places), lse(places), weights(places), raw_top(places), out(places, v.padded) {
+        q_once(LANES * k.stride), scores(BLOCK_K * LANES), top(places), total(places), lse(places), weights(places), raw_top(places), out(places, v.padded) {
     jobs.reserve(max_jobs);
   }
 };
@@ -111,7 +111,8 @@ struct Kernel {
         if (packed.empty()) continue;
         int begin = (int)(packed.begin - keys.begin), end = (int)(packed.end - keys.begin);
         Left key_rows = left_rows<T>(k.p.k, keys.begin, kv, begin, end, k.k_columns, s.k_rows);
-        Across values = rows_across<T>(k.p.v, keys.begin, kv, begin, end, k.v_columns, s.v_rows, s.values);
+        WordRows value_rows = word_rows<T>(k.p.v, keys.begin, kv, begin, end, k.v_columns, s.v_rows);
+        Across values = rows_across<E>(value_rows, k.v_columns, begin, end, s.v_rows, s.values);
         for (size_t i = first; i < last; i++) {
           const Job& job = s.jobs[i];
           bool is_last = is_last_of_piece(i);
@@ -120,7 +121,6 @@ struct Kernel {
         }
       }
       finish();
-      finish_streams();
     }
 
     void make_tiles() {
@@ -152,11 +152,26 @@ struct Kernel {
     // `is_last`: nothing comes after it for these rows, so that results leave with the last product.
     void attend(Tile& tile, const Job& job, const Range& keys, const Left& key_rows, const Across& values, bool is_last) {
       const auto& k = kernel;
-      const Columns<E>&in = k.k_columns, &out = k.v_columns;
       LaneSpans x(k.p.bands[job.band], k.queries_of(job), keys, {tile.a, tile.skipped, tile.rows, k.group(), k.lane_queries.data() + tile.skipped});
       if (!x.any()) return;
-      float* q = s.q + tile.place * in.stride;
+      bool once = is_last && !tile.packed, leaves = is_last && k.leaves;  // once: no other job looks at the tile
+      float* q = once ? s.q_once : s.q + tile.place * k.k_columns.stride;
       if (!tile.packed) pack(tile, q);
+      multiply_keys(x, key_rows, q);
+      Softmax<E> softmax{k.p.scale, k.p.softcap};
+      for (int v = x.lanes.begin / VL; v * VL < x.lanes.end; v++) {
+        int64_t at = tile.place + v * VL;
+        vf top = raise_tops(at, softmax.top(x, v, s.scores, s.raw_top + at));
+        store(s.total + at, load(s.total + at) + softmax.soften(x, v, s.scores, top));
+        if (leaves) sum_up(at);
+      }
+      Range allowed = k.keys_of(job);
+      multiply_values(x, tile, {allowed.begin - keys.begin, allowed.end - keys.begin}, values, leaves, once && leaves);
+    }
+
+    // Scores of the keys that a tile attends.
+    __attribute__((always_inline)) void multiply_keys(const LaneSpans& x, const Left& key_rows, const float* q) {
+      const Columns<E>& columns = kernel.k_columns;
       for (int c = x.first; c < x.last; c += MR) {
         int rows = std::min(MR, x.last - c), begin = 0, end = VECTORS;
         auto attends = [&](int v) { return x.vectors[v].begin < c + rows && x.vectors[v].end > c; };
@@ -164,50 +179,53 @@ struct Kernel {
         while (begin < end && !attends(end - 1)) end--;
         for (int v = begin; v < end; v += PANEL - v % PANEL) {
           int vectors = std::min(end, v / PANEL * PANEL + PANEL) - v;
-          multiply<E>(rows, vectors, (int)in.words, {key_rows.data + c * key_rows.row, key_rows.row, 1},
-                      {q + v / PANEL * PANEL * VL * in.stride + v % PANEL * VL, PANEL * VL}, Sums{s.scores + c * LANES + v * VL, LANES, false});
+          multiply<E>(rows, vectors, (int)columns.words, Left{key_rows.data + c * key_rows.row, key_rows.row, 1},
+                      {q + v / PANEL * PANEL * VL * columns.stride + v % PANEL * VL, PANEL * VL}, Sums{s.scores + c * LANES + v * VL, LANES, false});
           fetch_some();
         }
-      }
-      Softmax<E> softmax{k.p.scale, k.p.softcap};
-      for (int v = x.lanes.begin / VL; v * VL < x.lanes.end; v++) {
-        int64_t at = tile.place + v * VL;
-        vf top = raise_tops(at, softmax.top(x, v, s.scores, s.raw_top + at));
-        store(s.total + at, load(s.total + at) + softmax.soften(x, v, s.scores, top));
-        if (is_last && k.leaves) sum_up(at);
-      }
-      Range allowed = k.keys_of(job);
-      allowed = {allowed.begin - keys.begin, allowed.end - keys.begin};
-      bool adds[LANES / MR], leaves = is_last && k.leaves;
-      T* results[LANES];
-      if (leaves) place_results(tile, results);
-      for (int64_t c = 0; c < out.padded; c += NR)
-        for (int row = x.lanes.begin; row < x.lanes.end; row += MR) {
-          int rows = std::min(MR, x.lanes.end - row);
-          Span attended = x.strip(row, rows);
-          int64_t place = tile.place + row;
-          bool& add = adds[(row - x.lanes.begin) / MR];
-          if (c == 0) add = s.out.prepare(place, rows);
-          Range used = whole_words<E>({attended.begin, attended.end}, allowed);
-          Sums sums{s.out.row(place) + c, (long)out.padded, add};
-          Left probs{s.scores + row, 1, LANES};
-          Results<T> to{sums, s.weights + place, results + row, c, k.streams};
-          multiply_elements<E>(rows, out.vectors(c), used, probs, values.at(c), sums, leaves ? &to : nullptr);
-          fetch_some();
-        }
-      if (leaves) {
-        int64_t rows = x.lanes.end - x.lanes.begin;
-        s.out.set_written(tile.place + x.lanes.begin, rows), left -= rows;
       }
     }
 
-    void place_results(const Tile& tile, T** results) const {
-      const auto& k = kernel;
-      int64_t at = row_at(tile.a);
-      for (int row = 0, g = tile.skipped; row < tile.rows; row++) {
-        results[row] = (T*)(k.o.out_wide ? k.o.out_wide : k.o.out_narrow) + (at + g) * k.p.dv;
-        k.o.lse[at + g] = s.lse[tile.place + row];
-        if (++g == k.group()) g = 0, at += k.p.hq;
+    // Probabilities times values, to the sums of a tile, or as results. Keys that share a word with those that a strip attends may be multiplied by
+    // its zeros where they are `allowed`. `fresh`: there are no sums yet, and will be none.
+    __attribute__((always_inline)) void multiply_values(const LaneSpans& x, const Tile& tile, const Range& allowed, const Across& values, bool leaves, bool fresh) {
+      const Columns<E>& columns = kernel.v_columns;
+      struct Part {
+        int row, rows;
+        Range used;
+        bool add;
+      } parts[LANES / MR], *end = parts;
+      for (int row = x.lanes.begin; row < x.lanes.end; row += MR) {
+        int rows = std::min(MR, x.lanes.end - row);
+        Span attended = x.strip(row, rows);
+        *end++ = {row, rows, whole_words<E>({attended.begin, attended.end}, allowed), !fresh && s.out.prepare(tile.place + row, rows)};
+      }
+      T* results[LANES];
+      if (leaves) place_results(tile, x.lanes, results);
+      for (int64_t c = 0; c < columns.padded; c += NR)
+        for (const Part* part = parts; part < end; part++) {
+          int64_t place = tile.place + part->row;
+          Sums sums{s.out.row(place) + c, (long)columns.padded, part->add};
+          Results<T> to{sums, s.weights + place, results + part->row, c, kernel.streams};
+          multiply_elements<E>(part->rows, columns.vectors(c), part->used, Left{s.scores + part->row, 1, LANES}, values.at(c), sums,
+                               leaves ? &to : nullptr);
+          fetch_some();
+        }
+      if (!leaves) return;
+      int64_t rows = x.lanes.end - x.lanes.begin;
+      s.out.set_written(tile.place + x.lanes.begin, rows), left -= rows;
+    }
+
+    // Where the results of some rows of a tile go. Their lse goes there.
+    void place_results(const Tile& tile, const Span& lanes, T** results) const {
+      const ForwardOutput& o = kernel.o;
+      T* out = (T*)(o.out_wide ? o.out_wide : o.out_narrow);
+      unsigned group = kernel.group(), first = tile.skipped + lanes.begin, g = first % group;
+      int64_t at = row_at(tile.a + first / group);
+      for (int row = lanes.begin; row < lanes.end; row++) {
+        results[row] = out + (at + g) * kernel.p.dv;
+        o.lse[at + g] = s.lse[tile.place + row];
+        if (++g == group) g = 0, at += kernel.p.hq;
       }
     }
 
@@ -297,11 +315,16 @@ struct Kernel {
 
 // Where stretches begin and end, in pieces. Results do not depend on how long they are: where there are few for the threads, they are shorter.
 std::vector<int64_t> make_stretches(const Problem& p, const Pieces& pieces) {
-  int64_t queries = std::max<int64_t>(PIECE_Q, ROWS_WANTED / (p.hq / p.hk));
+  int64_t queries = std::max<int64_t>(PIECE_Q, ROWS_WANTED / (p.hq / p.hk)), enough = ceil_div(ROWS_ENOUGH, p.hq / p.hk);
   while (queries > PIECE_Q && ceil_div(p.num_q, queries) * p.hk < 8 * p.threads) queries = std::max(PIECE_Q, queries / 2);
-  std::vector<int64_t> borders{0};
-  for (int64_t piece = 0, begin = 0; piece < pieces.count(); piece++)
-    if (pieces[piece].end > begin + queries) begin = pieces[piece].begin, borders.push_back(piece);
+  std::vector<int64_t> borders{0}, documents = find_documents(p, true);
+  auto document = documents.begin();
+  for (int64_t piece = 1, begin = 0; piece < pieces.count(); piece++) {
+    Range x = pieces[piece];
+    while (document != documents.end() && *document < x.begin) ++document;
+    bool begins_document = document != documents.end() && *document == x.begin;
+    if (x.end > begin + queries || (begins_document && x.begin >= begin + enough)) begin = x.begin, borders.push_back(piece);
+  }
   borders.push_back(pieces.count());
   return borders;
 }

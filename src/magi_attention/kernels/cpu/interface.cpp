@@ -1,6 +1,4 @@
 // The C interface. Structures are passed as they are declared in attention.h; every function returns 0, or 1 where memory ran out.
-#include <algorithm>
-#include <memory>
 #include <new>
 
 #include "attention.h"

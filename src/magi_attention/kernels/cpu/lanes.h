@@ -93,6 +93,7 @@ struct Softmax {
     vf sums[E::n] = {};
     float f = factor();
     float* words = scores + v * VL;
+    top = top > -INFINITY ? top : vf{};  // else no logit less itself would be NaN
     int first = x.first / E::n * E::n;
     for (int key = first; key < x.vectors[v].begin / E::n * E::n; key += E::n) store(words + key / E::n * LANES, vf{});
     each_key(x, v, E::n, [&](int key, auto partial) {

@@ -37,9 +37,7 @@ static inline void copy_row(const T* __restrict src, const Columns<E>& columns, 
   if constexpr (sizeof(T) * E::n == sizeof(float)) {
     int64_t word = 0;
     for (int64_t words = columns.count / E::n; word + VL <= words; word += VL) {
-      vf x;  // not the whole row by memcpy: it is short, for a call
-      memcpy(&x, src + word * E::n, sizeof x);
-      store(to + word, x);
+      store(to + word, load_bytes((const char*)(src + word * E::n)));  // not the whole row by memcpy: it is short, for a call
     }
     if (word == columns.stride) return;
     vf last{};
@@ -58,6 +56,7 @@ class Rows {
   Rows(const View& x, int64_t token, int64_t head, int group, int skipped, int64_t count)
       : x(x), head(head), token(token), left(count), group(group), h(skipped) {}
   bool any() const { return left > 0; }
+  int64_t count() const { return left; }
   const T* next() {
     const T* row = row_of<T>(x, token, head + h);
     if (++h == group) h = 0, token++;
@@ -101,11 +100,6 @@ struct WordRows {
   const char* data;
   int64_t apart;
   const char* row(int64_t i) const { return data + i * apart; }
-  vf at(int64_t i, int64_t word) const {
-    vf x;
-    memcpy(&x, row(i) + word * (int64_t)sizeof(float), sizeof x);
-    return x;
-  }
 };
 
 // Whether the words of a row of T are what is multiplied.
@@ -131,12 +125,16 @@ static inline WordRows word_rows(const View& x, int64_t token, int64_t head, int
   return {(const char*)copy, columns.stride * (int64_t)sizeof(float)};
 }
 
-// The same as the left side of a product: whole words, and where words may be.
+// Whether a tensor's rows are whole words, and where words may be.
+template <class T, class E>
+static inline bool lie_as_words(const View& x, const Columns<E>& columns) {
+  return are_words<T, E> && columns.count % E::n == 0 && x.token % E::n == 0 && x.head % E::n == 0 && (uintptr_t)x.data % sizeof(float) == 0;
+}
+
+// The same as the left side of a product.
 template <class T, class E>
 static inline Left left_rows(const View& x, int64_t token, int64_t head, int begin, int end, const Columns<E>& columns, float* copy) {
-  const T* rows = row_of<T>(x, token, head);
-  if (are_words<T, E> && columns.count % E::n == 0 && x.token % E::n == 0 && (uintptr_t)rows % sizeof(float) == 0)
-    return {(const float*)rows, (long)(x.token / E::n), 1};
+  if (lie_as_words<T>(x, columns)) return {(const float*)row_of<T>(x, token, head), (long)(x.token / E::n), 1};
   copy_block<T>(x, token, head, begin, end, columns, copy);
   return {copy, (long)columns.stride, 1};
 }
@@ -147,7 +145,7 @@ static inline void pack_vector(const Row& row, int64_t words, float* to) {
   for (int64_t w = 0; w < words; w += VL) {
     vf square[VL];
 #pragma GCC unroll 16
-    for (int i = 0; i < VL; i++) memcpy(&square[i], row(i) + w * (int64_t)sizeof(float), sizeof(vf));
+    for (int i = 0; i < VL; i++) square[i] = load_bytes(row(i) + w * (int64_t)sizeof(float));
     transpose(square);
 #pragma GCC unroll 16
     for (int i = 0; i < VL; i++) store(to + (w + i) * WIDTH, square[i]);
@@ -178,9 +176,11 @@ static void pack_tile(Rows<T> rows, int count, const Columns<E>& columns, float*
 // Of a block's rows, those of tokens [begin, end), at least one; lanes up to whole vectors hold any of them.
 template <class E, int WIDTH>
 static void pack_along(const WordRows& rows, const Columns<E>& columns, int begin, int end, float* to) {
-  for (int t = begin / VL * VL; t < end; t += VL)
+  for (int t = begin / VL * VL; t < end; t += VL) {
+    for (int next = t + VL; next < std::min(t + 2 * VL, end); next++) prefetch(rows.row(next), columns.words * (int64_t)sizeof(float));
     pack_vector<WIDTH>([&](int i) { return rows.row(std::min(std::max(t + i, begin), end - 1)); }, columns.stride,
                        to + t / WIDTH * WIDTH * columns.stride + t % WIDTH);
+  }
 }
 
 // Rows as B of a product that sums over tokens, by panels of columns.
@@ -191,15 +191,15 @@ struct Across {
 };
 
 // Of the rows of at most `tokens`, those of [begin, end), at least one, packed into `to`; of a word, the element outside is a neighbour's.
-template <class E>
-static Across pack_across(const WordRows& rows, const Columns<E>& columns, int tokens, int begin, int end, float* to) {
+template <class E, class Row>
+static Across pack_across(const Row& row, const Columns<E>& columns, int tokens, int begin, int end, float* to) {
   static_assert(E::n == 2, "rows of single floats are that already");
   int64_t words = tokens / E::n;
   auto at = [&](int64_t column, int64_t word) { return to + column / NR * NR * words + word * NR + column % NR; };
   for (int64_t t = begin / E::n; t < ceil_div(end, E::n); t++) {
-    int64_t first = std::max<int64_t>(t * E::n, begin), second = std::min<int64_t>(t * E::n + 1, end - 1);
+    const char *first = row(std::max<int64_t>(t * E::n, begin)), *second = row(std::min<int64_t>(t * E::n + 1, end - 1));
     for (int64_t w = 0; w < columns.stride; w += VL) {
-      vf even = rows.at(first, w), odd = rows.at(second, w);
+      vf even = load_bytes(first + w * (int64_t)sizeof(float)), odd = load_bytes(second + w * (int64_t)sizeof(float));
       store(at(2 * w, t), interleave_halves<false>(even, odd));
       if (2 * w + VL < columns.count) store(at(2 * w + VL, t), interleave_halves<true>(even, odd));
     }
@@ -207,14 +207,19 @@ static Across pack_across(const WordRows& rows, const Columns<E>& columns, int t
   return {to, NR, NR * words};
 }
 
-// The same of rows of a tensor, which are copied where a word is one element: products read them again and again.
-template <class T, class E>
-static inline Across rows_across(const View& x, int64_t token, int64_t head, int begin, int end, const Columns<E>& columns, float* copy, float* to) {
+// The same. Where a word is one element they are rows already, and only copied: products read them again and again. `copy`: where they may lie.
+template <class E>
+static inline Across rows_across(const WordRows& rows, const Columns<E>& columns, int begin, int end, float* copy, float* to) {
   if constexpr (E::n == 1) {
-    copy_block<T>(x, token, head, begin, end, columns, copy);
+    if (rows.data != (const char*)copy)
+      for (int i = begin; i < end; i++) {
+        constexpr int apart = 8;
+        if (i + apart < end) prefetch(rows.row(i + apart), columns.words * (int64_t)sizeof(float));
+        for (int64_t w = 0; w < columns.stride; w += VL) store(copy + i * columns.stride + w, load_bytes(rows.row(i) + w * (int64_t)sizeof(float)));
+      }
     return {copy, columns.stride, NR};
   } else {
-    return pack_across<E>(word_rows<T>(x, token, head, begin, end, columns, copy), columns, BLOCK_K, begin, end, to);
+    return pack_across<E>([&](int64_t i) { return rows.row(i); }, columns, BLOCK_K, begin, end, to);
   }
 }
 
@@ -259,7 +264,7 @@ template <class T>
 static inline void write_row(const float* __restrict from, float weight, int64_t count, T* __restrict to, bool stream) {
   constexpr int n = LINE / sizeof(T) / VL;  // vectors that make a line
   int64_t c = 0;
-  if constexpr (LINE % (sizeof(T) * VL) == 0 && has_put_row<T>) {
+  if constexpr (has_put_row<T>) {
     for (; c + n * VL <= count; c += n * VL) {
       vf x[n];
 #pragma GCC unroll 8

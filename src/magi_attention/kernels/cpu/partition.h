@@ -11,23 +11,35 @@
 
 class Partitions {
  public:
-  static constexpr int64_t UNITS_WANTED = 32;   // kv heads x partitions: enough to balance many threads
-  static constexpr int64_t BUFFERS_ALLOWED = 3; // all partitions' buffers, in multiples of a dq in float
+  static constexpr int64_t UNITS_WANTED = 32;       // kv heads x partitions: enough to balance many threads
+  static constexpr int64_t PARTITIONS_WANTED = 32;  // where none needs a buffer
+  static constexpr int64_t WANTED_PER_THREAD = 8;   // of those
+  static constexpr int64_t BUFFERS_ALLOWED = 3;     // all partitions' buffers, in multiples of a dq in float
 
   Partitions(const Problem& p, const BackwardInput& in, const Pieces& pieces, const PieceBands& index)
       : p(p), in(in), pieces(pieces), index(index) {
     measure();
-    for (int64_t wanted = std::min(pieces.count(), ceil_div(UNITS_WANTED, p.hk)); wanted > 0; wanted = wanted > 8 ? wanted / 2 : wanted - 1) {
-      divide(wanted);
-      if (buffer_rows() <= BUFFERS_ALLOWED * p.num_q) break;
+    // What decides here must not depend on the threads: partitions with buffers add up in another order than those without.
+    int64_t some = std::min(pieces.count(), PARTITIONS_WANTED), more = std::min(pieces.count(), WANTED_PER_THREAD * p.threads);
+    divide(some);
+    if (buffer_rows() > 0) {
+      for (int64_t wanted = std::min(pieces.count(), ceil_div(UNITS_WANTED, p.hk)); wanted > 0; wanted = wanted > 8 ? wanted / 2 : wanted - 1) {
+        divide(wanted);
+        if (buffer_rows() <= BUFFERS_ALLOWED * p.num_q) break;
+      }
+    } else if (more > some) {  // nothing is added up over partitions, and more of them make the same sums if that stays so
+      divide(more);
+      if (buffer_rows() > 0) divide(some);
     }
-    sums = in.add_to_dq || std::count(times.begin(), times.end(), 1) < p.num_q;
+    sums = sums_before[p.num_q] > 0;
     if (in.narrow && sums) wide = std::make_unique<Buffer>(p.num_q * p.hq * p.d);
     dq = !in.narrow ? (float*)in.dq : sums ? wide->data : nullptr;
     for (const Range& x : buffered) buffers.push_back(x.empty() ? nullptr : std::make_unique<Buffer>((x.end - x.begin) * p.hq * p.d));
   }
 
   int64_t count() const { return (int64_t)borders.size() - 1; }
+  // How many kv heads of a block are taken one after the other, as their rows lie side by side: all, where there are partitions enough for the threads.
+  int64_t heads_together() const { return count() >= WANTED_PER_THREAD * p.threads ? p.hk : 1; }
   Range blocks(int64_t part) const { return {borders[part], borders[part + 1]}; }
   int64_t of_block(int64_t block) const { return std::upper_bound(borders.begin(), borders.end() - 1, block) - borders.begin() - 1; }
 
@@ -80,6 +92,7 @@ class Partitions {
   const Pieces& pieces;           // the blocks of keys
   const PieceBands& index;
   std::vector<int32_t> times;     // that something is added to a query's dq
+  std::vector<int64_t> sums_before;  // of the queries before one, how many have a dq that is a sum
   bool sums;                      // whether any query's dq is a sum
   std::vector<double> work;       // of all blocks before each
   std::vector<int64_t> borders;   // of partitions, in blocks
@@ -113,6 +126,8 @@ class Partitions {
       work[b + 1] = work[b] + queries;
     }
     for (int64_t q = 1; q <= p.num_q; q++) times[q] += times[q - 1];
+    sums_before.assign(p.num_q + 1, 0);
+    for (int64_t q = 0; q < p.num_q; q++) sums_before[q + 1] = sums_before[q] + !written_once(q);
   }
 
   // Partitions of about equal work.
@@ -130,6 +145,8 @@ class Partitions {
       for (int64_t b = borders[part]; b < borders[part + 1]; b++)
         each_range(b, [&](Range q) {
           for (int64_t stretch = q.begin / OWNED; stretch * OWNED < q.end; stretch++) {
+            int64_t begin = std::max(q.begin, stretch * OWNED), end = std::min(q.end, (stretch + 1) * OWNED);
+            if (sums_before[begin] == sums_before[end]) continue;
             if (owner[stretch] < 0) owner[stretch] = part;
             if (owner[stretch] == part) continue;
             to.begin = std::min(to.begin, stretch * OWNED), to.end = std::max(to.end, std::min(p.num_q, (stretch + 1) * OWNED));

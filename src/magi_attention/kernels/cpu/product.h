@@ -25,7 +25,7 @@ struct Single {
 };
 
 #if defined(NATIVE_BF16)
-// Subnormal bfloat16 count as 0 in products.
+// Subnormal bfloat16 count as 0, in products and where the processor rounds.
 struct Pairs {
   static constexpr int n = 2;
 #if defined(__AVX512BF16__)
@@ -69,27 +69,8 @@ static inline void put_row(float* to, const vf (&x)[N], bool stream) {
   }
 }
 #if defined(NATIVE_BF16)
-// Element by element, subnormals too.
-static __attribute__((noinline)) void narrow_vectors(const vf* x, int count, bf16* to) {
-  for (int i = 0; i < count * VL; i++) narrow(x[i / VL][i % VL], to + i);
-}
-
-// Whether the processor's rounding to bfloat16 would make 0 of some lane that is not.
-static inline bool rounds_to_0(vf x) {
-#if defined(__AVX512BF16__)
-  return _mm512_fpclass_ps_mask((__m512)x, 0x20);  // subnormals
-#else
-  (void)x;
-  return false;
-#endif
-}
-
 template <int N>
 static inline void put_row(bf16* to, const vf (&x)[N], bool stream) {
-  bool flushed = false;
-#pragma GCC unroll 8
-  for (int j = 0; j < N; j++) flushed |= rounds_to_0(x[j]);
-  if (__builtin_expect(flushed, false)) return narrow_vectors(x, N, to);
   int j = 0;
 #if defined(__AVX512BF16__)
 #pragma GCC unroll 4
@@ -124,8 +105,31 @@ static inline bool may_leave(int64_t columns, bool wide) {
 
 // A: the word (i, k) is data[i * row + k * column].
 struct Left {
-  const float* data;
+  typedef const float* Data;
+  Data data;
   long row, column;
+  template <int M>
+  struct Walk {  // along k
+    Data at;
+    long row, column;
+    Walk(Data data, long row, long column) : at(data), row(row), column(column) {}
+    float operator[](int i) const { return at[i * row]; }
+    void step() { at += column; }
+  };
+};
+// The same of rows wherever they lie: the word (i, k) is data[i][k].
+struct LeftRows {
+  typedef const float* const* Data;
+  Data data;
+  static constexpr long row = 0, column = 1;
+  template <int M>
+  struct Walk {
+    const float* at[M];
+    long k = 0;
+    Walk(Data data, long, long) { std::copy_n(data, M, at); }
+    float operator[](int i) const { return at[i][k]; }
+    void step() { k++; }
+  };
 };
 // B: words side by side, of which as many are used as C has columns; rows `row` words apart.
 struct Right {
@@ -138,6 +142,7 @@ struct Sums {
   float* data;
   long row;
   bool add;
+  void add_before() { add = true; }
   template <int N>
   void put(int i, const vf (&products)[N]) const {
     float* to = data + i * row;
@@ -147,7 +152,7 @@ struct Sums {
   }
 };
 
-// Where C goes: with what `sums` hold where `add`, times a weight for each row, to rows of the caller's.
+// Where C goes: with what `sums` hold where `add`, times a weight for each row if there are any, to rows of the caller's.
 template <class T>
 struct Results {
   Sums sums;
@@ -155,18 +160,24 @@ struct Results {
   T* const* rows;
   int64_t column;
   bool stream;
+  void add_before() { sums.add = true; }
   template <int N>
   void put(int i, const vf (&products)[N]) const {
-    vf weight = splat(weights[i]), x[N];
+    vf x[N];
 #pragma GCC unroll 8
-    for (int j = 0; j < N; j++) x[j] = (sums.add ? load(sums.data + i * sums.row + j * VL) + products[j] : products[j]) * weight;
+    for (int j = 0; j < N; j++) x[j] = sums.add ? load(sums.data + i * sums.row + j * VL) + products[j] : products[j];
+    if (weights) {
+      vf weight = splat(weights[i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) x[j] *= weight;
+    }
     put_row(rows[i] + column, x, stream);
   }
 };
 
 // C has M rows of N vectors.
-template <class E, int M, int N, class To>
-static void micro(int K, const float* __restrict a, long a_row, long a_col, const float* __restrict b, long b_row, const To& to) {
+template <class E, int M, int N, class From, class To>
+static void micro(int K, typename From::Data a, long a_row, long a_column, const float* __restrict b, long b_row, const To& to) {
   constexpr int chains = 2 * M * N <= 12 ? 2 : 1;  // a sum's next term waits for the one before: few sums are made in halves
   vf acc[chains][M][N];
 #pragma GCC unroll 2
@@ -175,18 +186,19 @@ static void micro(int K, const float* __restrict a, long a_row, long a_col, cons
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
       for (int j = 0; j < N; j++) acc[h][i][j] = vf{};
-  auto step = [&](vf(&to)[M][N]) {
+  typename From::template Walk<M> words(a, a_row, a_column);
+  auto step = [&](vf(&sums)[M][N]) {
     vf row[N];
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) row[j] = load(b + j * VL);
     b += b_row;
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++) {
-      vf x = splat(a[i * a_row]);
+      vf x = splat(words[i]);
 #pragma GCC unroll 8
-      for (int j = 0; j < N; j++) to[i][j] = E::madd(x, row[j], to[i][j]);
+      for (int j = 0; j < N; j++) sums[i][j] = E::madd(x, row[j], sums[i][j]);
     }
-    a += a_col;
+    words.step();
   };
   int k = 0;
   for (; k + chains <= K; k += chains)
@@ -203,18 +215,18 @@ static void micro(int K, const float* __restrict a, long a_row, long a_col, cons
   for (int i = 0; i < M; i++) to.put(i, acc[0][i]);
 }
 
-template <class To>
-using Micro = void(int, const float*, long, long, const float*, long, const To&);
-template <class E, class To, size_t... i>
-static Micro<To>* pick_micro(int rows, int vectors, std::index_sequence<i...>) {
-  static constexpr Micro<To>* all[] = {micro<E, i / NV + 1, i % NV + 1, To>...};
+template <class From, class To>
+using Micro = void(int, typename From::Data, long, long, const float*, long, const To&);
+template <class E, class From, class To, size_t... i>
+static Micro<From, To>* pick_micro(int rows, int vectors, std::index_sequence<i...>) {
+  static constexpr Micro<From, To>* all[] = {micro<E, i / NV + 1, i % NV + 1, From, To>...};
   return all[(rows - 1) * NV + vectors - 1];
 }
 
 // As micro, for 1 to MR rows and 1 to NV vectors.
-template <class E, class To>
-static inline void multiply(int rows, int vectors, int K, const Left& a, const Right& b, const To& to) {
-  pick_micro<E, To>(rows, vectors, std::make_index_sequence<MR * NV>{})(K, a.data, a.row, a.column, b.data, b.row, to);
+template <class E, class From, class To>
+static inline void multiply(int rows, int vectors, int K, const From& a, const Right& b, const To& to) {
+  pick_micro<E, From, To>(rows, vectors, std::make_index_sequence<MR * NV>{})(K, a.data, a.row, a.column, b.data, b.row, to);
 }
 
 // The elements, and those that share a word with them, where these are allowed.
@@ -225,34 +237,43 @@ static inline Range whole_words(Range x, const Range& allowed) {
   return x;
 }
 
-// C = A B, or C += A B where `c.add`, over the elements of a range of the axis that is summed over, at least one; `a` and `b` are at its element
-// 0. Of a word that is cut, the elements outside count as 0 in B, whatever they are; in A they must be finite. With `results`, where
-// those of their type may leave, C goes there.
-template <class E, class T = float>
-static inline void multiply_elements(int rows, int vectors, const Range& range, const Left& a, const Right& b, Sums c,
-                                     const Results<T>* results = nullptr) {
+// As multiply_elements, where words are cut: parts of the sum are kept in `sums`.
+template <class E, class To>
+static inline void multiply_cut(int rows, int vectors, const Range& range, const Left& a, const Right& b, Sums sums, To to) {
   int64_t first = ceil_div(range.begin, E::n), end = range.end / E::n;
   bool cut_first = range.begin % E::n, cut_last = range.end % E::n;
   auto words = [&](int64_t word, int64_t count, const Right& from, bool is_last) {
     Left left{a.data + word * a.column, a.row, a.column};
-    if constexpr (leaves_as<E, T>) {
-      if (is_last && results) {
-        Results<T> to = *results;
-        to.sums.add = c.add;
-        return multiply<E>(rows, vectors, (int)count, left, from, to);
-      }
-    }
-    multiply<E>(rows, vectors, (int)count, left, from, c);
-    c.add = true;
+    if (is_last) return multiply<E>(rows, vectors, (int)count, left, from, to);
+    multiply<E>(rows, vectors, (int)count, left, from, sums);
+    sums.add_before(), to.add_before();
   };
-  if constexpr (E::n == 2) {
-    auto half = [&](int64_t word, int32_t mask, bool is_last) {
-      float kept[NR];
-      for (int j = 0; j < vectors * VL; j += VL) store(kept + j, (vf)((vi)load(b.data + word * b.row + j) & mask));
-      words(word, 1, {kept, NR}, is_last);
-    };
-    if (cut_first) half(range.begin / 2, (int32_t)0xffff0000, !cut_last && first >= end);
-    if (cut_last) half(range.end / 2, 0xffff, first >= end);
-  }
+  auto half = [&](int64_t word, int32_t mask, bool is_last) {
+    float kept[NR];
+    for (int j = 0; j < vectors * VL; j += VL) store(kept + j, (vf)((vi)load(b.data + word * b.row + j) & mask));
+    words(word, 1, {kept, NR}, is_last);
+  };
+  if (cut_first) half(range.begin / 2, (int32_t)0xffff0000, !cut_last && first >= end);
+  if (cut_last) half(range.end / 2, 0xffff, first >= end);
   if (first < end) words(first, end - first, {b.data + first * b.row, b.row}, true);
+}
+
+// multiply_elements to what was chosen.
+template <class E, class To>
+static inline void multiply_range(int rows, int vectors, const Range& range, const Left& a, const Right& b, const Sums& sums, const To& to) {
+  if constexpr (E::n == 2)
+    if ((range.begin | range.end) & 1) return multiply_cut<E>(rows, vectors, range, a, b, sums, to);
+  int64_t first = range.begin / E::n;
+  multiply<E>(rows, vectors, (int)(range.end / E::n - first), Left{a.data + first * a.column, a.row, a.column}, {b.data + first * b.row, b.row}, to);
+}
+
+// A B over the elements of a range of the axis that is summed over, at least one; `a` and `b` are at its element 0. Of a word that is cut, the
+// elements outside count as 0 in B, whatever they are; in A they must be finite. It goes to `results` if there are any, which is only where those
+// of their type may leave; else to `sums`, which are also those of `results`.
+template <class E, class T>
+static inline void multiply_elements(int rows, int vectors, const Range& range, const Left& a, const Right& b, const Sums& sums,
+                                     const Results<T>* results) {
+  if constexpr (leaves_as<E, T>)
+    if (results) return multiply_range<E>(rows, vectors, range, a, b, sums, *results);
+  multiply_range<E>(rows, vectors, range, a, b, sums, sums);
 }

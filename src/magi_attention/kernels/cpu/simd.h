@@ -24,6 +24,11 @@ typedef uint32_t vu __attribute__((vector_size(VL * 4)));  // whose sums may ove
 typedef float vf_anywhere __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
 static inline vf load(const float* p) { return *(const vf_anywhere*)p; }
+static inline vf load_bytes(const char* p) {  // from wherever
+  vf x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
 static inline void store(float* p, vf x) { *(vf_anywhere*)p = x; }
 static inline vf splat(float x) { return x - vf{}; }  // x - 0 is x, also for -0: no addition is left
 // Where one is NaN, both give b.
@@ -129,7 +134,7 @@ static inline vf exp2_near_0(vf f) {
   return p * f + 1.f;
 }
 
-// 2^x, 0 below the normal numbers, NaN of NaN.
+// 2^x; below the normal numbers subnormal or 0, NaN of NaN.
 static inline vf exp2v(vf x) {
 #if defined(__AVX512F__)
   vf clamped = (vf)_mm512_max_ps((__m512)splat(-152.f), (__m512)x), whole = (vf)_mm512_roundscale_ps((__m512)clamped, 0);
