@@ -21,6 +21,7 @@ from attention_masks import BenchmarkMask
 from magi_attention.kernels.interface import AttnSettings, KernelMask
 from magi_attention.kernels.registry import load
 from magi_attention.kernels.row_dots import row_dots
+from magi_attention.mask import AttnMask
 
 NUM_HEADS_Q, NUM_HEADS_KV = 8, 2
 GEMM_SIZE = 2048
@@ -71,10 +72,10 @@ def gemm(dtype: torch.dtype) -> tuple[Call, float]:
     return lambda: torch.mm(a, b, out=out), 2.0 * GEMM_SIZE**3
 
 
-def ours(mask: BenchmarkMask, x: Inputs) -> dict[str, Call]:
+def ours(mask: AttnMask, x: Inputs) -> dict[str, Call]:
     """The kernel called as the library calls it: results in the inputs' dtype, ``delta`` computed before."""
     backend, settings = load("cpu"), AttnSettings(softmax_scale=x.q.shape[2] ** -0.5)
-    kernel_mask = KernelMask(mask.mask.bands, mask.mask.num_q, mask.mask.num_k)
+    kernel_mask = KernelMask(mask.bands, mask.num_q, mask.num_k)
     dtype = x.q.dtype
     result = backend.forward(x.q, x.k, x.v, kernel_mask, settings, out_dtype=dtype)
     delta = row_dots(result.out, x.dout)
@@ -124,7 +125,7 @@ def flex(mask: BenchmarkMask, x: Inputs) -> dict[str, Call]:
         with torch.no_grad():
             return compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
 
-    expected, actual = ours(mask, x)["forward"](), forward()
+    expected, actual = ours(mask.mask, x)["forward"](), forward()
     difference = (expected.out.transpose(0, 1).float() - actual[0].float()).abs().max().item()  # type: ignore[attr-defined]
     if not difference < 0.1:  # bf16 probabilities err by a hundredth
         raise RuntimeError(f"FlexAttention's mask has other cells than ours: outputs differ by {difference:.2g}")

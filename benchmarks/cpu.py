@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from attention_masks import SHORT, BenchmarkMask, make_masks
 from contestants import NUM_HEADS_KV, NUM_HEADS_Q, Call, Inputs, fastest, flex, gemm, ours, products_are_native, sdpa
 from magi_attention.kernels.interface import AttnSettings, KernelMask
 from magi_attention.kernels.registry import load
-from magi_attention.mask import varlen
+from magi_attention.mask import AttnMask, varlen
 from magi_attention.testing.kernel_check import KernelInputs, run_kernel
 from magi_attention.testing.oracle import assert_results_as_exact, attention_oracle, plain_result
 from tables import write_csv
@@ -32,10 +32,11 @@ from tables import write_csv
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ERROR_TOKENS = 1024
 BACKWARD_FLOPS = 2.5
+WAYS = ("forward", "backward")
 ERRORS = ("out", "dq", "dk", "dv", "lse")
 FIELDS = (
     *("threads", "head_dim", "tokens", "dtype", "mask", "density", "gemm_gflops"),
-    *(f"{way}_{what}" for way in ("forward", "backward") for what in ("gflops", "share", "over_sdpa")),
+    *(f"{way}_{what}" for way in WAYS for what in ("gflops", "share", "over_sdpa")),
     *("forward_over_flex", "sdpa_error", "flex_error"),
     *(f"error_{name}" for name in ERRORS),
     "within_rule",
@@ -156,7 +157,7 @@ def _measure(case: Case, num_rounds: int, patience_s: float, with_rivals: bool) 
     x = Inputs.random(case.tokens, case.head_dim, dtype)
     product, product_flops = gemm(dtype)
     row: dict[str, Any] = {"density": mask.mask.area / case.tokens**2}
-    calls = {"gemm": product, **ours(mask, x)}
+    calls = {"gemm": product, **ours(mask.mask, x)}
     if with_rivals:
         for name, make in (("sdpa", sdpa), ("flex", flex)):
             try:
@@ -165,14 +166,18 @@ def _measure(case: Case, num_rounds: int, patience_s: float, with_rivals: bool) 
                 row[f"{name}_error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     turns = Turns(calls, num_rounds, enough_s=0.1, patience_s=patience_s)
     row["gemm_gflops"] = product_flops / turns.best("gemm") / 1e9
-    forward_flops = 4.0 * mask.mask.area * NUM_HEADS_Q * case.head_dim
-    for way, flops in (("forward", forward_flops), ("backward", BACKWARD_FLOPS * forward_flops)):
+    for way in WAYS:
+        flops = _flops(mask.mask, case.head_dim, way)
         row[f"{way}_gflops"] = flops / turns.best(way) / 1e9
         row[f"{way}_share"] = turns.ratio("gemm", way) * flops / product_flops
         for rival in ("sdpa", "flex"):
             if f"{rival} {way}" in calls:
                 row[f"{way}_over_{rival}"] = turns.ratio(f"{rival} {way}", way)
     return row
+
+
+def _flops(mask: AttnMask, head_dim: int, way: str) -> float:
+    return 4.0 * mask.area * NUM_HEADS_Q * head_dim * (BACKWARD_FLOPS if way == "backward" else 1.0)
 
 
 def _print_short_documents(dtypes: list[str], num_documents: int, num_rounds: int) -> None:
@@ -208,20 +213,19 @@ def _keep_memory() -> bool:
 def _short_documents(dtype: torch.dtype, num_documents: int, num_rounds: int) -> dict[str, list[tuple[float, float]]]:
     """By mask, forward and backward: GFLOP/s of short documents, and the share of the long ones' rate."""
     total = num_documents * SHORT
-    edges, long = list(range(0, total + 1, SHORT)), make_masks(8192)["varlen"]
-    short = {name: replace(long, mask=varlen(edges, causal=name == "causal")) for name in ("causal", "full")}
+    edges, long = range(0, total + 1, SHORT), make_masks(8192)["varlen"].mask
+    short = {"causal": varlen(edges, causal=True), "full": varlen(edges, causal=False)}
     x = Inputs.random(total, 128, dtype)
     calls = {f"long {way}": call for way, call in ours(long, Inputs.random(8192, 128, dtype)).items()}
     for name, mask in short.items():
         calls |= {f"{name} {way}": call for way, call in ours(mask, x).items()}
     turns = Turns(calls, num_rounds, enough_s=0.1, patience_s=60.0)
 
-    def rate(name: str, mask: BenchmarkMask, way: str) -> tuple[float, float]:
-        flops = 4.0 * mask.mask.area * NUM_HEADS_Q * 128 * (BACKWARD_FLOPS if way == "backward" else 1.0)
-        share = turns.ratio(f"long {way}", f"{name} {way}") * mask.mask.area / long.mask.area
-        return flops / turns.best(f"{name} {way}") / 1e9, share
+    def rate(name: str, mask: AttnMask, way: str) -> tuple[float, float]:
+        share = turns.ratio(f"long {way}", f"{name} {way}") * mask.area / long.area
+        return _flops(mask, 128, way) / turns.best(f"{name} {way}") / 1e9, share
 
-    return {name: [rate(name, mask, way) for way in ("forward", "backward")] for name, mask in short.items()}
+    return {name: [rate(name, mask, way) for way in WAYS] for name, mask in short.items()}
 
 
 def _errors(head_dim: int, dtype_name: str, mask_name: str) -> dict[str, Any]:

@@ -46,6 +46,13 @@ def _library_is_there() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def _documents(num_documents: int, length: int) -> KernelMask:
+    """Causal documents, all of one length."""
+    num_tokens = num_documents * length
+    rows = tuple((a, a + length, a, a + length, CAUSAL) for a in range(0, num_tokens, length))
+    return Slices(rows, num_tokens, num_tokens).kernel_mask()
+
+
 def assert_same_bits(first: AttnResult, second: AttnResult, what: str) -> None:
     for name, x in vars(first).items():
         assert x is None or torch.equal(x, getattr(second, name)), f"{name} differs {what}"
@@ -86,11 +93,9 @@ assert all(torch.equal(x, getattr(actual, name)) for name, x in vars(expected).i
 def test_same_bits_of_documents_of_several_blocks(num_documents: int, num_heads_kv: int) -> None:
     """The sums of a dq go over three blocks of keys; how these are divided among threads may cut documents or not."""
     length, d = 768, 16
-    num_tokens = num_documents * length
-    rows = tuple((a, a + length, a, a + length, CAUSAL) for a in range(0, num_tokens, length))
-    mask, settings = Slices(rows, num_tokens, num_tokens).kernel_mask(), AttnSettings(softmax_scale=0.25)
+    mask, settings = _documents(num_documents, length), AttnSettings(softmax_scale=0.25)
     generator = torch.Generator().manual_seed(0)
-    inputs = KernelInputs(*(torch.randn(num_tokens, num_heads_kv, d, generator=generator) for _ in range(4)))
+    inputs = KernelInputs(*(torch.randn(mask.num_q, num_heads_kv, d, generator=generator) for _ in range(4)))
     torch.set_num_threads(1)
     one = run_kernel(cpu, inputs, mask, settings)
     for threads in (5, 8):
@@ -158,9 +163,7 @@ def test_borders_of_tiles_and_blocks(dtype: torch.dtype) -> None:
 def test_many_short_documents(dtype: torch.dtype) -> None:
     """2,000 causal documents of 32 tokens. The oracle sees them as heads of one document, which is the same attention."""
     num_documents, length, hq, hk, d = 2000, 32, 2, 1, 16
-    num_tokens = num_documents * length
-    rows = tuple((a, a + length, a, a + length, CAUSAL) for a in range(0, num_tokens, length))
-    mask = Slices(rows, num_tokens, num_tokens).kernel_mask()
+    num_tokens, mask = num_documents * length, _documents(num_documents, length)
     generator = torch.Generator().manual_seed(0)
     inputs = KernelInputs(*(torch.randn(num_tokens, h, d, generator=generator).to(dtype) for h in (hq, hk, hk, hq)))
 
@@ -204,9 +207,8 @@ def test_documents_whose_keys_lie_elsewhere(dtype: torch.dtype) -> None:
     length, num_documents = 48, 24
     num_tokens = length * num_documents
     order = np.random.default_rng(0).permutation(num_documents)
-    starts = range(0, num_tokens, length)
-    elsewhere = tuple((a, a + length, length * b, length * (b + 1), CAUSAL) for a, b in zip(starts, order, strict=True))
-    in_order = tuple((a, a + length, a, a + length, CAUSAL) for a in starts)
+    rows = tuple((length * a, length * (a + 1), length * b, length * (b + 1), CAUSAL) for a, b in enumerate(order))
+    elsewhere, in_order = Slices(rows, num_tokens, num_tokens).kernel_mask(), _documents(num_documents, length)
     generator = torch.Generator().manual_seed(0)
     q, k, v, dout = (torch.randn(num_tokens, h, 64, generator=generator).to(dtype) for h in (4, 2, 2, 4))
 
@@ -217,8 +219,8 @@ def test_documents_whose_keys_lie_elsewhere(dtype: torch.dtype) -> None:
     for threads in (1, 3):
         torch.set_num_threads(threads)
         actual, expected = (
-            run_kernel(cpu, inputs, Slices(rows, num_tokens, num_tokens).kernel_mask(), settings)
-            for inputs, rows in (
+            run_kernel(cpu, inputs, mask, settings)
+            for inputs, mask in (
                 (KernelInputs(q, k, v, dout), elsewhere),
                 (KernelInputs(q, put(k), put(v), dout), in_order),
             )
@@ -332,10 +334,6 @@ def test_results_in_the_inputs_dtype_are_the_float32_ones_rounded(num_tokens: in
         assert x.dtype == dtype and torch.equal(x, y.to(dtype)), name
 
 
-def _each_token_alone(num_tokens: int) -> KernelMask:
-    return Slices(tuple((i, i + 1, i, i + 1, CAUSAL) for i in range(num_tokens)), num_tokens, num_tokens).kernel_mask()
-
-
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_every_number_of_16_bits_is_read_and_written(dtype: torch.dtype) -> None:
     """A token that attends itself alone gets its own v: subnormals, infinities and NaN among them.
@@ -347,7 +345,7 @@ def test_every_number_of_16_bits_is_read_and_written(dtype: torch.dtype) -> None
     q = torch.ones(512, 1, 8, dtype=dtype)
     settings = AttnSettings(softmax_scale=1.0)
     for asked in (dtype, torch.float32):
-        out = cpu.forward(q, q, v, _each_token_alone(512), settings, out_dtype=asked).out
+        out = cpu.forward(q, q, v, _documents(512, 1), settings, out_dtype=asked).out
         expected = torch.where(may_be_0 & (out == 0), 0, v.to(asked))
         torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 

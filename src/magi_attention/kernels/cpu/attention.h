@@ -26,6 +26,9 @@ struct Range {
   bool empty() const { return begin >= end; }
 };
 
+// The least that holds both.
+static inline Range join(const Range& x, const Range& y) { return {std::min(x.begin, y.begin), std::max(x.end, y.end)}; }
+
 struct View {  // [tokens, heads, columns]
   const void* data;
   int64_t token, head;

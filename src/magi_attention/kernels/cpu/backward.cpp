@@ -1,5 +1,5 @@
 // Backward: five products for each tile of queries and block of keys (Dao et al. 2022, algorithm 4). A task is a partition of the keys and one or
-// all of their heads. Partitions are fixed by the problem, not by the threads, and dq is the sum of theirs, in order.
+// all of their heads. What is added to a query's dq, and in which order, is fixed by the problem, not by the threads.
 #include <algorithm>
 #include <memory>
 
@@ -183,7 +183,7 @@ struct Kernel {
   TileRows tile_rows(const View& from, const BandTile& x, int64_t kv, const Columns<E>& columns, float* copy) const {
     TileRows to{columns, x.rows, {}};
     Rows<X> rows(from, x.a, kv * x.group, x.group, x.skipped, x.rows);
-    if (E::n > 1 && lie_as_words<X>(from, columns) && columns.words == columns.stride) {
+    if (E::n > 1 && lie_as_words<X>(from, columns) && are_vectors<X>(columns)) {
       for (int i = 0; i < x.rows; i++) to.at[i] = (const float*)rows.next();
     } else {
       copy_rows<X, E>(rows, columns, copy);
@@ -254,7 +254,7 @@ struct Kernel {
   void to_keys(const float* weights, const Across& rows, const Columns<E>& columns, SumRows& sums, const BandTile& x, const Output& output,
                Between&& between) const {
     const Band& band = x.band;
-    int key_begin = x.left(x.a), key_end = x.right(x.query(x.rows - 1));
+    int key_begin = (int)x.attended().begin, key_end = (int)x.attended().end;
     // The rows whose queries attend one of the keys from c on, before c + num.
     auto rows_of = [&](int c, int num) {
       int64_t key = x.keys.begin + c - x.a;  // queries are counted from the tile's first
@@ -294,7 +294,7 @@ struct Kernel {
   // How many tiles attend each key of a block.
   void count_tiles(int64_t keys) const {
     std::fill_n(s.times, keys + 1, 0);
-    for (const BandTile& x : s.tiles) s.times[x.left(x.a)]++, s.times[x.right(x.query(x.rows - 1))]--;
+    for (const BandTile& x : s.tiles) s.times[x.attended().begin]++, s.times[x.attended().end]--;
     for (int64_t c = 1; c <= keys; c++) s.times[c] += s.times[c - 1];
     s.any_once = std::count(s.times, s.times + keys, 1) > 0;
   }
@@ -307,8 +307,7 @@ struct Kernel {
     each_band(unit.block, [&](const Band& band, const Range& q) {
       each_tile(band, q.begin, q.end, group(), keys, [&](const BandTile& x) { s.tiles.push_back(x); });
     });
-    for (const BandTile& x : s.tiles)
-      packed = {std::min<int64_t>(packed.begin, x.left(x.a)), std::max<int64_t>(packed.end, x.right(x.query(x.rows - 1)))};
+    for (const BandTile& x : s.tiles) packed = join(packed, x.attended());
     int64_t count = keys.end - keys.begin;
     count_tiles(count);
     s.dk.reset(count), s.dv.reset(count);
@@ -343,20 +342,15 @@ struct Kernel {
 
   // Of the first band that attends something of a block.
   Range first_queries(int64_t block) const {
-    for (int64_t at = index.first[block]; at < index.first[block + 1]; at++) {
-      Range q = queries_of(p.bands[index.list[at]], blocks[block]);
-      if (!q.empty()) return q;
-    }
-    return {0, 0};
+    Range first{0, 0};
+    each_band(block, [&](const Band&, const Range& q) { first = first.empty() ? q : first; });
+    return first;
   }
 
   // Results of a block's keys that have not left.
   void finish(SumRows& sums, const Range& keys, const Output& output) const {
-    for (int64_t c = 0; c < keys.end - keys.begin; c++) {
-      if (sums.state(c) == SumRows::WRITTEN) continue;
-      if (sums.state(c) == SumRows::EMPTY) sums.clear(c);
-      write(sums.row(c), output.columns, output.data, (keys.begin + c) * p.hk + output.kv, output.stream);
-    }
+    for (int64_t c = 0; c < keys.end - keys.begin; c++)
+      if (sums.complete(c)) write(sums.row(c), output.columns, output.data, (keys.begin + c) * p.hk + output.kv, output.stream);
   }
 
   void write(const float* from, int64_t columns, void* to, int64_t row, bool stream) const {

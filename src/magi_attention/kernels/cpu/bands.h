@@ -32,6 +32,8 @@ struct BandTile {
   // What a query attends, from the block's beginning.
   int left(int64_t q) const { return (int)(std::max({band.k0, q + band.lo, keys.begin}) - keys.begin); }
   int right(int64_t q) const { return (int)(std::min({band.k1, q + band.hi + 1, keys.end}) - keys.begin); }
+  // What any of its rows does: first to last, as rows go on.
+  Range attended() const { return {left(a), right(query(rows - 1))}; }
 };
 
 // The strips of a tile of rows, which all attend something, and what each row attends.
@@ -73,6 +75,20 @@ static inline void each_panel(const Strips& strips, Act&& act) {
     }
 }
 
+// Positions in order, asked for further and further on.
+class Ascending {
+ public:
+  explicit Ascending(const std::vector<int64_t>& all) : at(all.begin()), end(all.end()) {}
+  // The first one from a position on, or what is further than all.
+  int64_t from(int64_t position) {
+    while (at != end && *at < position) ++at;
+    return at == end ? INT64_MAX : *at;
+  }
+
+ private:
+  std::vector<int64_t>::const_iterator at, end;
+};
+
 // Where documents begin along an axis, in order: bands that share neither queries nor keys with the document before.
 static inline std::vector<int64_t> find_documents(const Problem& p, bool of_queries) {
   struct Area { Range along, across; };  // along the axis, and along the other
@@ -84,7 +100,6 @@ static inline std::vector<int64_t> find_documents(const Problem& p, bool of_quer
   }
   auto before = [](const Area& x, const Area& y) { return x.along.begin < y.along.begin; };
   if (!std::is_sorted(areas.begin(), areas.end(), before)) std::sort(areas.begin(), areas.end(), before);
-  auto join = [](const Range& x, const Range& y) { return Range{std::min(x.begin, y.begin), std::max(x.end, y.end)}; };
   std::vector<int64_t> begins;
   Area document{{0, 0}, {0, 0}};
   for (const Area& x : areas) {
@@ -109,7 +124,7 @@ class Pieces {
     }
     std::sort(ends.begin(), ends.end());
     auto next = ends.begin();
-    auto document = documents.begin();
+    Ascending begins(documents);
     for (int64_t at = 0; at < length;) {
       borders.push_back(at);
       int64_t end = std::min(at + most, length), whole = at;
@@ -118,8 +133,7 @@ class Pieces {
       for (; beyond != ends.end() && *beyond <= end; ++beyond) whole = *beyond;
       bool next_stays_whole = whole > at && beyond != ends.end() && *beyond - whole <= most;
       if (end < length && (whole > at + most / 2 || next_stays_whole)) end = whole;
-      while (document != documents.end() && *document < at + enough) ++document;
-      at = document != documents.end() ? std::min(end, *document) : end;
+      at = std::min(end, begins.from(at + enough));
     }
     borders.push_back(length);
     near.reserve(length / APART + 1);

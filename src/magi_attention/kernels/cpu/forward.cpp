@@ -34,7 +34,8 @@ struct Scratch {
   template <class E>
   Scratch(const Columns<E>& k, const Columns<E>& v, int64_t places, int64_t max_jobs)
       : k_rows(BLOCK_K * k.stride), v_rows(BLOCK_K * v.stride), values(v.across(BLOCK_K)), q_rows(VL * k.stride), q(places * k.stride),
-        q_once(LANES * k.stride), scores(BLOCK_K * LANES), top(places), total(places), lse(places), weights(places), raw_top(places), out(places, v.padded) {
+        q_once(LANES * k.stride), scores(BLOCK_K * LANES), top(places), total(places), lse(places), weights(places), raw_top(places),
+        out(places, v.padded) {
     jobs.reserve(max_jobs);
   }
 };
@@ -106,7 +107,7 @@ struct Kernel {
         Range keys = k.blocks[s.jobs[first].block], packed{keys.end, keys.begin};
         for (last = first; last < s.jobs.size() && s.jobs[last].block == s.jobs[first].block; last++) {
           Range x = k.keys_of(s.jobs[last]);
-          if (!x.empty()) packed = {std::min(packed.begin, x.begin), std::max(packed.end, x.end)};
+          if (!x.empty()) packed = join(packed, x);
         }
         if (packed.empty()) continue;
         int begin = (int)(packed.begin - keys.begin), end = (int)(packed.end - keys.begin);
@@ -169,7 +170,7 @@ struct Kernel {
       multiply_values(x, tile, {allowed.begin - keys.begin, allowed.end - keys.begin}, values, leaves, once && leaves);
     }
 
-    // Scores of the keys that a tile attends.
+    // Scores of the keys that a tile attends. This and what follows are inlined so that what is fetched stays in registers: a call costs 2%.
     __attribute__((always_inline)) void multiply_keys(const LaneSpans& x, const Left& key_rows, const float* q) {
       const Columns<E>& columns = kernel.k_columns;
       for (int c = x.first; c < x.last; c += MR) {
@@ -188,7 +189,8 @@ struct Kernel {
 
     // Probabilities times values, to the sums of a tile, or as results. Keys that share a word with those that a strip attends may be multiplied by
     // its zeros where they are `allowed`. `fresh`: there are no sums yet, and will be none.
-    __attribute__((always_inline)) void multiply_values(const LaneSpans& x, const Tile& tile, const Range& allowed, const Across& values, bool leaves, bool fresh) {
+    __attribute__((always_inline)) void multiply_values(const LaneSpans& x, const Tile& tile, const Range& allowed, const Across& values,
+                                                        bool leaves, bool fresh) {
       const Columns<E>& columns = kernel.v_columns;
       struct Part {
         int row, rows;
@@ -216,17 +218,25 @@ struct Kernel {
       s.out.set_written(tile.place + x.lanes.begin, rows), left -= rows;
     }
 
+    // act(row, its row of the outputs) for some rows of a tile.
+    template <class Act>
+    void each_row(const Tile& tile, const Span& rows, Act&& act) const {
+      unsigned group = kernel.group(), first = tile.skipped + rows.begin, g = first % group;
+      int64_t at = (tile.a + first / group) * kernel.p.hq + kv * group;  // of the query's first head
+      for (int row = rows.begin; row < rows.end; row++) {
+        act(row, at + g);
+        if (++g == group) g = 0, at += kernel.p.hq;
+      }
+    }
+
     // Where the results of some rows of a tile go. Their lse goes there.
     void place_results(const Tile& tile, const Span& lanes, T** results) const {
       const ForwardOutput& o = kernel.o;
       T* out = (T*)(o.out_wide ? o.out_wide : o.out_narrow);
-      unsigned group = kernel.group(), first = tile.skipped + lanes.begin, g = first % group;
-      int64_t at = row_at(tile.a + first / group);
-      for (int row = lanes.begin; row < lanes.end; row++) {
-        results[row] = out + (at + g) * kernel.p.dv;
-        o.lse[at + g] = s.lse[tile.place + row];
-        if (++g == group) g = 0, at += kernel.p.hq;
-      }
+      each_row(tile, lanes, [&](int row, int64_t at) {
+        results[row] = out + at * kernel.p.dv;
+        o.lse[at] = s.lse[tile.place + row];
+      });
     }
 
     // The queries of a tile, at its first use.
@@ -265,18 +275,11 @@ struct Kernel {
     void finish() const {
       if (!left) return;
       for (int64_t j = 0; j < places; j += VL) sum_up(j);
-      for (const Tile& tile : s.tiles) {
-        int64_t at = row_at(tile.a), j = tile.place;
-        for (int row = 0, g = tile.skipped; row < tile.rows; row++, j++) {
-          if (s.out.state(j) == SumRows::EMPTY) s.out.clear(j);
-          if (s.out.state(j) != SumRows::WRITTEN) finish_row(j, at + g);
-          if (++g == kernel.group()) g = 0, at += kernel.p.hq;
-        }
-      }
+      for (const Tile& tile : s.tiles)
+        each_row(tile, {0, tile.rows}, [&](int row, int64_t at) {
+          if (s.out.complete(tile.place + row)) finish_row(tile.place + row, at);
+        });
     }
-
-    // Row of the outputs of a query and the first head.
-    int64_t row_at(int64_t q) const { return q * kernel.p.hq + kv * kernel.group(); }
 
     void finish_row(int64_t j, int64_t at) const {
       const Problem& p = kernel.p;
@@ -318,11 +321,10 @@ std::vector<int64_t> make_stretches(const Problem& p, const Pieces& pieces) {
   int64_t queries = std::max<int64_t>(PIECE_Q, ROWS_WANTED / (p.hq / p.hk)), enough = ceil_div(ROWS_ENOUGH, p.hq / p.hk);
   while (queries > PIECE_Q && ceil_div(p.num_q, queries) * p.hk < 8 * p.threads) queries = std::max(PIECE_Q, queries / 2);
   std::vector<int64_t> borders{0}, documents = find_documents(p, true);
-  auto document = documents.begin();
+  Ascending begins(documents);
   for (int64_t piece = 1, begin = 0; piece < pieces.count(); piece++) {
     Range x = pieces[piece];
-    while (document != documents.end() && *document < x.begin) ++document;
-    bool begins_document = document != documents.end() && *document == x.begin;
+    bool begins_document = begins.from(x.begin) == x.begin;
     if (x.end > begin + queries || (begins_document && x.begin >= begin + enough)) begin = x.begin, borders.push_back(piece);
   }
   borders.push_back(pieces.count());
@@ -354,7 +356,7 @@ void run(const Problem& p, const ForwardOutput& o) {
       Range keys = kernel.keys_of(job);
       Range& to = first_keys[i];
       if (job.block < first_block) first_block = job.block, to = keys;
-      else to = {std::min(to.begin, keys.begin), std::max(to.end, keys.end)};
+      else to = join(to, keys);
     });
     int64_t own = 0;
     for (int64_t piece = stretches[i]; piece < stretches[i + 1]; piece++)

@@ -31,14 +31,17 @@ static inline void prefetch(const void* data, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch((const char*)data + at, WRITE);
 }
 
+// Whether the words of a row of T are what is multiplied.
+template <class T, class E>
+constexpr bool are_words = sizeof(T) * E::n == sizeof(float);
+
 // One row; its words past its columns are 0.
 template <class T, class E>
 static inline void copy_row(const T* __restrict src, const Columns<E>& columns, float* __restrict to) {
-  if constexpr (sizeof(T) * E::n == sizeof(float)) {
+  if constexpr (are_words<T, E>) {
     int64_t word = 0;
-    for (int64_t words = columns.count / E::n; word + VL <= words; word += VL) {
+    for (int64_t words = columns.count / E::n; word + VL <= words; word += VL)
       store(to + word, load_bytes((const char*)(src + word * E::n)));  // not the whole row by memcpy: it is short, for a call
-    }
     if (word == columns.stride) return;
     vf last{};
     memcpy(&last, src + word * E::n, (columns.count - word * E::n) * sizeof(T));
@@ -56,7 +59,6 @@ class Rows {
   Rows(const View& x, int64_t token, int64_t head, int group, int skipped, int64_t count)
       : x(x), head(head), token(token), left(count), group(group), h(skipped) {}
   bool any() const { return left > 0; }
-  int64_t count() const { return left; }
   const T* next() {
     const T* row = row_of<T>(x, token, head + h);
     if (++h == group) h = 0, token++;
@@ -102,11 +104,7 @@ struct WordRows {
   const char* row(int64_t i) const { return data + i * apart; }
 };
 
-// Whether the words of a row of T are what is multiplied.
-template <class T, class E>
-constexpr bool are_words = sizeof(T) * E::n == sizeof(float);
-
-// The same, and rows are of whole vectors.
+// Whether the words of a row of T are what is multiplied, whole vectors of them.
 template <class T, class E>
 static inline bool are_vectors(const Columns<E>& columns) { return are_words<T, E> && columns.count % (VL * E::n) == 0; }
 
@@ -215,7 +213,7 @@ static inline Across rows_across(const WordRows& rows, const Columns<E>& columns
       for (int i = begin; i < end; i++) {
         constexpr int apart = 8;
         if (i + apart < end) prefetch(rows.row(i + apart), columns.words * (int64_t)sizeof(float));
-        for (int64_t w = 0; w < columns.stride; w += VL) store(copy + i * columns.stride + w, load_bytes(rows.row(i) + w * (int64_t)sizeof(float)));
+        copy_row((const float*)rows.row(i), columns, copy + i * columns.stride);
       }
     return {copy, columns.stride, NR};
   } else {
@@ -231,7 +229,6 @@ class SumRows {
   void reset(int64_t rows) { std::fill_n(states.begin(), rows, EMPTY); }
   float* row(int64_t i) const { return sums + i * columns; }
   State state(int64_t i) const { return states[i]; }
-  void clear(int64_t i) { std::fill_n(row(i), columns, 0.f); }
   void set_written(int64_t i, int64_t count) { std::fill_n(states.begin() + i, count, WRITTEN); }
 
   // Before something goes to rows: whether it is to be added. Those that hold nothing yet then become 0.
@@ -246,7 +243,15 @@ class SumRows {
     return held > 0;
   }
 
+  // Whether a row is yet to be written, when all is summed up: 0 where nothing came.
+  bool complete(int64_t i) {
+    if (states[i] == EMPTY) clear(i);
+    return states[i] != WRITTEN;
+  }
+
  private:
+  void clear(int64_t i) { std::fill_n(row(i), columns, 0.f); }
+
   Buffer sums;
   std::vector<State> states;
   int64_t columns;

@@ -38,7 +38,8 @@ class Partitions {
   }
 
   int64_t count() const { return (int64_t)borders.size() - 1; }
-  // How many kv heads of a block are taken one after the other, as their rows lie side by side: all, where there are partitions enough for the threads.
+  // How many kv heads of a block are taken one after the other, as their rows lie side by side: all, where there are partitions enough for the
+  // threads.
   int64_t heads_together() const { return count() >= WANTED_PER_THREAD * p.threads ? p.hk : 1; }
   Range blocks(int64_t part) const { return {borders[part], borders[part + 1]}; }
   int64_t of_block(int64_t block) const { return std::upper_bound(borders.begin(), borders.end() - 1, block) - borders.begin() - 1; }
@@ -149,7 +150,7 @@ class Partitions {
             if (sums_before[begin] == sums_before[end]) continue;
             if (owner[stretch] < 0) owner[stretch] = part;
             if (owner[stretch] == part) continue;
-            to.begin = std::min(to.begin, stretch * OWNED), to.end = std::max(to.end, std::min(p.num_q, (stretch + 1) * OWNED));
+            to = join(to, {stretch * OWNED, std::min(p.num_q, (stretch + 1) * OWNED)});
           }
         });
     }
