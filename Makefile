@@ -23,12 +23,15 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: help env demo test test-long lint format docs docs-check clean
+NUMPY_FLOOR := $(shell sed -n 's/.*"numpy>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+
+.PHONY: help env demo test test-long test-numpy lint format docs docs-check clean
 
 help:
 	@echo "make demo        train a small language model on one rank and on four, and compare (under 3 minutes)"
 	@echo "make test        lint, types and tests (under 10 minutes on 2 cores)"
 	@echo "make test-long   the same with the long tests"
+	@echo "make test-numpy  the plans that are kept, with the oldest numpy and the newest"
 	@echo "make lint        ruff and mypy alone;  make format  mends what ruff can"
 	@echo "make docs        docs/api.md from the docstrings;  make docs-check  whether it is up to date"
 	@echo "make env         the environment alone;  make clean  removes it and all that was made"
@@ -49,6 +52,14 @@ demo: $(READY)
 # Whether docs/api.md is up to date is one of the tests.
 test: lint
 	$(PY) -m pytest $(TEST_ARGS)
+
+# The plans that are kept, under the oldest numpy that pyproject.toml admits and the newest that there is for this interpreter.
+test-numpy: $(READY)
+	for numpy in "numpy==$(NUMPY_FLOOR).*" "numpy"; do \
+		rm -rf $(VENV)/numpy && $(PY) -m pip install --quiet $(PIP_ARGS) --target $(VENV)/numpy "$$numpy" || exit 1; \
+		PYTHONPATH=$(CURDIR)/$(VENV)/numpy $(PY) -m pytest tests/test_plan/test_golden.py tests/test_plan/test_same_everywhere.py \
+			$(TEST_ARGS) || exit 1; \
+	done
 
 test-long: lint
 	$(PY) -m pytest -m "long or not long" $(TEST_ARGS)

@@ -54,6 +54,11 @@ READS_ENVIRONMENT = {
     "utils.py": "torchrun tells each process its rank there",
 }
 
+# Where plans are decided: whatever breaks ties by the processor's instruction set makes ranks on unlike hosts plan differently.
+DECIDES = ("plan", "mask")
+STABLE = {"sort", "argsort"}
+NEVER = {"partition", "argpartition"}
+
 MOST_LINES = 420
 LONGER_FILES: dict[str, str] = {}
 
@@ -124,6 +129,45 @@ def environment_readers(source: Path) -> set[str]:
             if name in ("environ", "environb", "getenv", "putenv"):
                 readers.add(str(path.relative_to(source)))
     return readers
+
+
+def unstable_sorts(source: Path) -> list[str]:
+    """One line for every sort in `DECIDES` that may break ties by the processor: ``lexsort`` and ``kind="stable"`` do not."""
+    found = []
+    for path in sorted(path for folder in DECIDES for path in (source / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            # A string's `partition` cuts it in three; and whoever sorts a list of Python's, sorts it stably.
+            name, of_numpy = node.func.attr, ast.unparse(node.func.value) in ("np", "numpy")
+            is_stable = any(word.arg == "kind" and ast.unparse(word.value) == "'stable'" for word in node.keywords)
+            if name == "argpartition" or (name in NEVER and of_numpy) or (name in STABLE and not is_stable):
+                found.append(f"{path.relative_to(source)}:{node.lineno}: {name} breaks ties by the processor")
+    return found
+
+
+def test_plans_sort_stably() -> None:
+    assert unstable_sorts(SOURCE) == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["np.argsort(a)", "np.sort(a, axis=0)", "a.argsort()", "a.sort()", 'np.argsort(a, kind="quicksort")']
+    + ["np.argpartition(a, 3)", "a.argpartition(3)", "np.partition(a, 3)"],
+)
+def test_a_planted_sort_is_caught(tmp_path: Path, call: str) -> None:
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "swaps.py").write_text(f"import numpy as np\n\ndef f(a):\n    return {call}\n")
+    assert len(unstable_sorts(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "call", ['np.argsort(a, kind="stable")', "np.lexsort((a, a))", "sorted(a)", '"a.b".partition(".")']
+)
+def test_a_stable_sort_is_not_caught(tmp_path: Path, call: str) -> None:
+    (tmp_path / "mask").mkdir()
+    (tmp_path / "mask" / "simplify.py").write_text(f"import numpy as np\n\ndef f(a):\n    return {call}\n")
+    assert unstable_sorts(tmp_path) == []
 
 
 def test_imports_point_one_way() -> None:

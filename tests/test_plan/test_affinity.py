@@ -22,7 +22,7 @@ from magi_attention.mask.bands import Ints, area
 from magi_attention.plan import AttnPlan, balance, build_plan
 from magi_attention.plan.chunk_demand import traffic
 from magi_attention.plan.demand import BEGIN, DST, END
-from magi_attention.plan.dispatch import AREA_SLACK, DispatchProblem, candidates, chunk_areas, dispatch
+from magi_attention.plan.dispatch import AREA_SLACK_PERMILLE, DispatchProblem, candidates, chunk_areas, dispatch
 from magi_attention.plan.swaps import SwapSearch
 from magi_attention.plan.walks import documents_of, shares, starts, two_walks
 
@@ -64,7 +64,7 @@ def test_equal_tokens_and_areas_within_limits(name: str, num_ranks: int) -> None
     found = list(candidates(problem, DispatchConfig(alg=AffinityDispatchAlg())))
     heap = dispatch(problem, DispatchConfig(alg=MinHeapDispatchAlg()))
     assert any((owner == heap).all() for owner in found)
-    limit = max(AREA_SLACK * problem.areas.sum() / num_ranks, largest(problem, heap))
+    limit = max(AREA_SLACK_PERMILLE * problem.areas.sum() / (1000 * num_ranks), largest(problem, heap))
     for owner in found:
         assert (np.bincount(owner, minlength=num_ranks) == problem.max_chunks).all(), "equal tokens on every rank"
         assert largest(problem, owner) <= limit

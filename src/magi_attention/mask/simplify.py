@@ -100,7 +100,7 @@ def _disjoint(bands: Ints) -> Ints:
     """Without the rows that are nested in another; ValueError where cells are still listed twice."""
     if find_overlap(bands) is None:
         return bands
-    bands = bands[np.sort(np.unique(bands, axis=0, return_index=True)[1])]  # of equal rows, one
+    bands = bands[np.sort(np.unique(bands, axis=0, return_index=True)[1], kind="stable")]  # of equal rows, one
     nested = np.zeros(len(bands), bool)
     order = np.argsort(bands[:, Q0], kind="stable")
     ordered = bands[order]

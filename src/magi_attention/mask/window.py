@@ -191,7 +191,7 @@ def _place(turn: Ints, cut: Ints, first_row: Ints, num_q: Ints) -> tuple[Ints, F
 def _slices_of(samples: _Samples, cut: _Cut, chosen: Flags) -> Ints:
     """The slices of the samples that are cut so, as rows of `_fewest_slices`."""
     num_q, num_k, lo, hi = samples.num_q, samples.num_k, samples.lo, samples.hi
-    edges = np.sort(np.stack([cut.first_row, cut.left_cut, cut.right_cut, num_q]), axis=0)
+    edges = np.sort(np.stack([cut.first_row, cut.left_cut, cut.right_cut, num_q]), axis=0, kind="stable")
     parts = []
     for start, end in itertools.pairwise(edges):
         slanted_left, slanted_right = start >= cut.left_cut, end <= cut.right_cut

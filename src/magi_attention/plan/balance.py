@@ -50,7 +50,7 @@ def lower_bound(areas: Ints, num_ranks: int, max_chunks: int) -> int:
     With ``m * num_ranks + 1`` chunks, some rank holds ``m + 1`` of them: at least the ``m + 1`` smallest of those.
     """
     total, largest = int(areas.sum()), int(areas.max(initial=0))
-    falling = np.sort(areas)[::-1]
+    falling = np.sort(areas, kind="stable")[::-1]
     bound = max(-(-total // num_ranks), largest)
     for m in range(1, (len(areas) - 1) // num_ranks + 1):
         bound = max(bound, int(falling[m * num_ranks - m : m * num_ranks + 1].sum()))

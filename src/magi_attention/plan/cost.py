@@ -10,6 +10,8 @@ once its rows are there and the one before it is done.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,9 @@ from numpy.typing import NDArray
 from magi_attention.config import OverlapConfig
 
 Times = NDArray[np.float64]
+
+# Predicted times that differ by a smaller factor are equal: what separates them may be rounding.
+TIE = 1 + 1e-9
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,25 @@ def backward_times(work: Workload, cost: CostModel) -> Times:
 def step_time(work: Workload, cost: CostModel) -> float:
     """Forward and backward of the slowest rank."""
     return float(forward_times(work, cost).max(initial=0) + backward_times(work, cost).max(initial=0))
+
+
+def is_better(time: float, rows: int, than_time: float, than_rows: int) -> bool:
+    """Whether a predicted time is to be preferred: it is less by more than rounding may make it, or equal and moves fewer rows.
+
+    Every rank must choose the same plan, so this is the one comparison of predicted times. Of what is equal in both, callers keep the first.
+    """
+    if time * TIE < than_time:
+        return True
+    return time < than_time * TIE and rows < than_rows
+
+
+def best_time(times: Iterable[float]) -> int:
+    """Which of predicted ``times`` is the least, by `is_better`; of equal ones the first."""
+    best, least = 0, math.inf
+    for at, time in enumerate(times):
+        if is_better(time, 0, least, 0):
+            best, least = at, time
+    return best
 
 
 def ideal_time(total_cells: float, num_ranks: int, cost: CostModel) -> float:

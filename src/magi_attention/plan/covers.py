@@ -60,8 +60,7 @@ class Groups:
         group = np.searchsorted(needed[opens, 0], key)
         pair, chunk = np.empty_like(demand), np.empty_like(demand)
         pair[group], chunk[group] = requests.pair, requests.chunk
-        most = int(demand.max())
-        order = np.argsort((pair * (most + 1) + most - demand) * (int(chunk.max()) + 1) + chunk)
+        order = np.lexsort((chunk, -demand, pair))
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         needed[:, 0] = place[np.cumsum(np.diff(needed[:, 0], prepend=-1) != 0) - 1]

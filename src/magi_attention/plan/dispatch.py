@@ -26,8 +26,8 @@ from magi_attention.plan.affinity import affinity, top_p_heap
 from magi_attention.plan.chunk_demand import ChunkDemand, chunk_demand
 from magi_attention.plan.layout import ShardLayout
 
-# How far over the mean a rank's area may be where that saves communication, unless min-heap itself is further over.
-AREA_SLACK = 1.045
+# How far over the mean a rank's area may be where that saves communication, in thousandths of it, unless min-heap itself is further over.
+AREA_SLACK_PERMILLE = 1045
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ def _affinity(problem: DispatchProblem, alg: AffinityDispatchAlg) -> Iterator[In
         return int(np.bincount(owner, weights=problem.areas, minlength=num_ranks).max())
 
     tight = largest(heap)
-    limit = max(int(AREA_SLACK * problem.areas.sum() / num_ranks), tight)
+    limit = max(int(problem.areas.sum()) * AREA_SLACK_PERMILLE // (1000 * num_ranks), tight)
     found = affinity(problem.demand(), num_ranks, limit, tight)
     roomy = next(found)
     if largest(roomy) <= limit:

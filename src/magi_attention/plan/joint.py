@@ -71,8 +71,8 @@ def imbalances(areas: Ints, owner: Ints, num_ranks: int) -> NDArray[np.float64]:
     """``[num_masks]``: largest area of a rank over the mean, under each mask; 1 for a mask that attends nothing."""
     load = np.zeros((len(areas), num_ranks), np.int64)
     np.add.at(load.T, owner, areas.T)
-    mean = load.mean(axis=1)
-    return np.where(mean > 0, load.max(axis=1) / np.where(mean > 0, mean, 1), 1.0)
+    total = load.sum(axis=1)  # of integers: exact in any order
+    return np.where(total > 0, load.max(axis=1) * num_ranks / np.maximum(total, 1), 1.0)
 
 
 def deal_in_view_of_all(areas: Ints, num_ranks: int, max_chunks: int) -> Ints:

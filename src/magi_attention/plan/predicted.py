@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from magi_attention.plan.cost import CostModel, Heads, Workload, backward_times, forward_times
+from magi_attention.plan.cost import CostModel, Heads, Workload, backward_times, best_time, forward_times, is_better
 from magi_attention.plan.plan import AttnPlan
 from magi_attention.plan.workload import (
     Dealing,
@@ -19,8 +19,6 @@ from magi_attention.plan.workload import (
     rows_by_stage,
 )
 
-# Steps that differ by less are equal: what separates them may be rounding, and every rank must choose the same plan.
-_TIE = 1 + 1e-9
 # Where computing is less than this share of the step of a plan that moves little, plans that balance better are not looked at.
 _BOUND_BY_COMPUTING = 0.9
 
@@ -74,7 +72,7 @@ def not_slower_than(plan: AttnPlan, one: Dealing, heads: Heads, cost: CostModel)
         workloads(replace(plan, forward=one, backward=one), heads, cost),
     )
     forward, backward = (
-        one if times(few, cost).max() < times(many, cost).max() else dealing
+        (dealing, one)[best_time((float(times(many, cost).max()), float(times(few, cost).max())))]
         for times, many, few, dealing in (
             (forward_times, dealt[0], alone[0], plan.forward),
             (backward_times, dealt[1], alone[1], plan.backward),
@@ -97,7 +95,7 @@ def fastest(plans: Iterator[AttnPlan], heads: Heads, cost: CostModel) -> AttnPla
     least = predicted_step(best, heads, cost)
     for number, plan in enumerate(itertools.chain([second], plans)):
         step = predicted_step(plan, heads, cost)
-        if step * _TIE < least or (step < least * _TIE and plan.received_rows.sum() < best.received_rows.sum()):
+        if is_better(step, int(plan.received_rows.sum()), least, int(best.received_rows.sum())):
             best, least = plan, step
         if number == 0 and plan is not best and largest_area * cost.step_cell < _BOUND_BY_COMPUTING * least:
             break

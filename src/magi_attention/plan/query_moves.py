@@ -30,8 +30,8 @@ from magi_attention.plan.own_keys import OwnKeys
 
 Flags = NDArray[np.bool_]
 
-# A rank may take guests up to this share of the mean area, or up to what the busiest rank has anyway.
-GUEST_SLACK = 1.05
+# A rank may take guests up to this many hundredths of the mean area, or up to what the busiest rank has anyway.
+GUEST_SLACK_PERCENT = 105
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _ask(bands: Ints, q_layout: ShardLayout, own: OwnKeys, pairs: Ints) -> Asked
 def _while_areas_allow(pairs: Ints, saved: Ints, cells: Ints, areas: Ints) -> Flags:
     """``[num_pairs]``: which pairs move ``cells`` from home to host, those that save most first."""
     load, accepted = areas.tolist(), np.zeros(len(pairs), bool)
-    even = int(GUEST_SLACK * areas.mean())
+    even = int(areas.sum()) * GUEST_SLACK_PERCENT // (100 * len(areas))
     order = np.argsort(-saved, kind="stable")[: np.count_nonzero(saved)]
     waiting = list(zip(order.tolist(), *pairs[order].T.tolist(), cells[order].tolist(), strict=True))
     # A rank that gives work away can take some afterwards, hence the second round; only what is then left may load a rank beyond the mean.

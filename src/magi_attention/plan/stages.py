@@ -7,7 +7,7 @@ import numpy as np
 from magi_attention.common.enum import AttnOverlapMode
 from magi_attention.config import GreedyOverlapAlg, OverlapConfig
 from magi_attention.mask.bands import Ints, expand
-from magi_attention.plan.cost import CostModel, backward_times, forward_times
+from magi_attention.plan.cost import CostModel, backward_times, best_time, forward_times
 from magi_attention.plan.dealing import cut_entries, in_order, split_uniform
 from magi_attention.plan.demand import BEGIN, DST, END, STAGE, rows_by_rank
 from magi_attention.plan.hierarchy import split_uniform_by_node
@@ -24,18 +24,17 @@ def split_greedy(table: Ints, num_stages: int, density: WorkDensity, max_num_chu
     if num_stages <= 1 or not len(table):
         return table
     blocks = _in_blocks(table, max_num_chunks)
-    cells = density.cells(blocks)
+    cells = np.rint(density.cells(blocks)).astype(np.int64)
     rows = blocks[:, END] - blocks[:, BEGIN]
     order = np.lexsort((-cells / rows, blocks[:, DST]))
     destination = blocks[order, DST]
-    done = np.cumsum(cells[order])
+    done = np.append(0, np.cumsum(cells[order]))
     group_first = np.flatnonzero(np.diff(destination, prepend=-1))
     group = np.cumsum(np.diff(destination, prepend=-1) != 0) - 1
-    before_group = np.append(0.0, done)[group_first][group]
-    total = np.add.reduceat(cells[order], group_first)[group]
-    middle = done - before_group - cells[order] / 2
-    stage = np.minimum((middle / np.maximum(total, 1e-300) * num_stages).astype(np.int64), num_stages - 1)
-    blocks[order, STAGE] = stage
+    before_group, total = done[group_first], np.diff(done[np.append(group_first, len(order))])
+    twice_middle = done[1:] + done[:-1] - 2 * before_group[group]
+    stage = twice_middle * num_stages // np.maximum(2 * total, 1)[group]
+    blocks[order, STAGE] = np.minimum(stage, num_stages - 1)
     return in_order(blocks)
 
 
@@ -86,9 +85,9 @@ def deal(
     relayed = ranks_per_node is not None
     nodes = ranks_per_node if relayed else cost.ranks_per_node
     works = [predict(one, areas, home, density, k_layout, ranks_per_node=nodes, relayed=relayed) for one in tried]
-    forward = [float(forward_times(work, cost).max()) for work in works]
-    backward = [float(backward_times(work, cost).max()) for work in works]
-    return tried[int(np.argmin(forward))], tried[int(np.argmin(backward))]
+    forward = best_time((float(forward_times(work, cost).max()) for work in works))
+    backward = best_time((float(backward_times(work, cost).max()) for work in works))
+    return tried[forward], tried[backward]
 
 
 def _needs_density(config: OverlapConfig) -> bool:

@@ -143,10 +143,7 @@ class SwapSearch:
     def _try_best(self, view: SwapView, score: Ints, bound: int, better: Callable[[list[int]], bool]) -> bool:
         """Make the best swap by ``score`` (below ``bound``) that is ``better`` for its two ranks once it is made."""
         flat = score.ravel()
-        candidates = np.flatnonzero(flat < bound)
-        if len(candidates) > _NUM_EXACT:
-            candidates = candidates[np.argpartition(flat[candidates], _NUM_EXACT - 1)[:_NUM_EXACT]]
-        for candidate in candidates[np.argsort(flat[candidates], kind="stable")].tolist():
+        for candidate in smallest(flat, _NUM_EXACT, bound):
             ours, theirs = view.pair(candidate)
             ranks = [view.rank, int(self.owner[theirs])]
             self._exchange(ours, theirs)
@@ -191,6 +188,19 @@ class SwapSearch:
         return remote
 
 
+def smallest(values: Ints, most: int, bound: int) -> list[int]:
+    """Where the ``most`` smallest of ``values`` under ``bound`` stand: by value, equal ones by index."""
+    found: list[int] = []
+    values = values.copy()
+    while len(found) < most and values.size:
+        at = int(np.argmin(values))  # the first of equal ones
+        if values[at] >= bound:
+            break
+        found.append(at)
+        values[at] = _NEVER
+    return found
+
+
 class SwapView:
     """Swaps of a chunk of ``rank`` for one of the others' chunks (``among`` ``[num_chunks]`` bool): ``[len(ours), len(theirs)]`` matrices.
 
@@ -211,7 +221,7 @@ class SwapView:
             comes_home = search.attends_itself[ours][:, None] | (search.needs[:, ours].T > 0)
             given = given - np.where(comes_home, demand.rows[ours][:, None], 0)
         if len(theirs) > _NUM_THEIRS:
-            nearest = np.argpartition(gained - search.freed[theirs], _NUM_THEIRS)[:_NUM_THEIRS]
+            nearest = np.argsort(gained - search.freed[theirs], kind="stable")[:_NUM_THEIRS]
             theirs, gained = theirs[nearest], gained[nearest]
         self.theirs, self.partner = theirs, search.owner[theirs]
         self.our_change = gained  # [len(theirs)], less what our chunk frees

@@ -43,7 +43,8 @@ class WorkDensity:
     @classmethod
     def of(cls, bands: Ints, q_layout: ShardLayout, num_k: int) -> WorkDensity:
         """The density of a mask's work under a layout of its queries."""
-        edges = np.unique(np.linspace(0, num_k, min(_NUM_COLUMNS, max(num_k, 1)) + 1).round().astype(np.int64))
+        num_columns = min(_NUM_COLUMNS, max(num_k, 1))
+        edges = np.unique(np.arange(num_columns + 1) * num_k // num_columns)
         shape = (q_layout.num_ranks, len(edges) - 1)
         cells, rows = np.zeros(shape), np.zeros(shape)
         pieces, _, run = split_q(bands, q_layout.runs[:, 0], q_layout.runs[:, 1])
@@ -94,7 +95,7 @@ def predict(
     if num_stages > 1 and density is not None:
         cells = np.zeros((num_stages, num_ranks))
         np.add.at(cells, (dealing.table[:, STAGE], dealing.table[:, DST]), density.cells(dealing.table))
-        total = cells.sum(axis=0)
+        total = cells.cumsum(axis=0)[-1]  # in order, as `sum` is not on every processor
         cells = np.where(total > 0, cells / np.where(total > 0, total, 1), 1 / num_stages) * remote
     else:
         cells = np.repeat(remote[None, :] / max(num_stages, 1), num_stages, axis=0)
