@@ -152,8 +152,16 @@ def test_plans_sort_stably() -> None:
 
 @pytest.mark.parametrize(
     "call",
-    ["np.argsort(a)", "np.sort(a, axis=0)", "a.argsort()", "a.sort()", 'np.argsort(a, kind="quicksort")']
-    + ["np.argpartition(a, 3)", "a.argpartition(3)", "np.partition(a, 3)"],
+    [
+        "np.argsort(a)",
+        "np.sort(a, axis=0)",
+        "a.argsort()",
+        "a.sort()",
+        'np.argsort(a, kind="quicksort")',
+        "np.argpartition(a, 3)",
+        "a.argpartition(3)",
+        "np.partition(a, 3)",
+    ],
 )
 def test_a_planted_sort_is_caught(tmp_path: Path, call: str) -> None:
     (tmp_path / "plan").mkdir()

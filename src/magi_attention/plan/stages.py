@@ -85,8 +85,8 @@ def deal(
     relayed = ranks_per_node is not None
     nodes = ranks_per_node if relayed else cost.ranks_per_node
     works = [predict(one, areas, home, density, k_layout, ranks_per_node=nodes, relayed=relayed) for one in tried]
-    forward = best_time((float(forward_times(work, cost).max()) for work in works))
-    backward = best_time((float(backward_times(work, cost).max()) for work in works))
+    forward = best_time(float(forward_times(work, cost).max()) for work in works)
+    backward = best_time(float(backward_times(work, cost).max()) for work in works)
     return tried[forward], tried[backward]
 
 
