@@ -244,7 +244,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="leave the largest worlds out")
     parser.add_argument("--plot", type=Path, default=Path("out/plan_efficiency.png"))
     parser.add_argument("--seeds", type=int, default=1, help="how many sets of documents (1)")
+    parser.add_argument("--auto", action="store_true", help="only what is planned where no chunk size is given")
+    parser.add_argument(
+        "--beside", type=Path, help="with --auto: the src folder of another version, compared in the same run"
+    )
+    parser.add_argument(
+        "--table", type=Path, default=Path("out/plan_auto.csv"), help="with --auto: where its table goes"
+    )
     args = parser.parse_args()
+    if args.auto:
+        from auto_chunks import compare  # which takes its documents from here
+
+        compare(args.quick, args.seeds, args.beside, args.table)
+        return
     heads = Heads()
     compare_dispatchers(args.quick, args.seeds)
     time_keys(args.quick)

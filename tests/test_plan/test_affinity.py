@@ -64,7 +64,9 @@ def test_equal_tokens_and_areas_within_limits(name: str, num_ranks: int) -> None
     found = list(candidates(problem, DispatchConfig(alg=AffinityDispatchAlg())))
     heap = dispatch(problem, DispatchConfig(alg=MinHeapDispatchAlg()))
     assert any((owner == heap).all() for owner in found)
-    limit = max(AREA_SLACK_PERMILLE * problem.areas.sum() / (1000 * num_ranks), largest(problem, heap))
+    mean, reachable = problem.areas.sum() / num_ranks, largest(problem, heap)
+    slack = AREA_SLACK_PERMILLE / 1000  # from the mean or, where that cannot be had, from what min-heap reaches
+    limit = slack * (mean if reachable <= slack * mean else reachable)
     for owner in found:
         assert (np.bincount(owner, minlength=num_ranks) == problem.max_chunks).all(), "equal tokens on every rank"
         assert largest(problem, owner) <= limit
@@ -87,14 +89,14 @@ def test_what_a_search_keeps_up_to_date(name: str) -> None:
         before = search.load.max()
         search.relieve(int(search.area.max()), num_swaps=20)
         assert search.load.max() <= before
-        search.reduce(int(search.area.max()), num_rounds=1)
+        search.reduce(int(search.area.max()), most=8)
         assert search.load.max() <= before
         received, sent = traffic(demand, search.owner, 8)
         np.testing.assert_array_equal(search.received, received)
         np.testing.assert_array_equal(search.sent, sent)
         np.testing.assert_array_equal(search.area, np.bincount(search.owner, weights=demand.areas, minlength=8))
         fresh = SwapSearch(demand, search.owner, 8)
-        for field in ("needs", "others", "unneeded", "lone", "freed"):
+        for field in ("needs", "others", "unneeded", "freed"):
             np.testing.assert_array_equal(getattr(search, field), getattr(fresh, field), err_msg=field)
 
 

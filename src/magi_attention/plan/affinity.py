@@ -18,7 +18,7 @@ import numpy as np
 from magi_attention.mask.bands import Ints
 from magi_attention.plan.chunk_demand import ChunkDemand, traffic
 from magi_attention.plan.swaps import SwapSearch
-from magi_attention.plan.walks import starts
+from magi_attention.plan.walks import MANY_CHUNKS, starts
 
 _NUM_RELIEFS = 64
 
@@ -29,7 +29,7 @@ def affinity(demand: ChunkDemand, num_ranks: int, area_limit: int, tight_limit: 
     found = starts(demand, num_ranks, area_limit)
     loads = [np.maximum(*traffic(demand, owner, num_ranks)) for owner in found]
     order = sorted(range(len(found)), key=lambda at: (int(loads[at].max()), int(loads[at].sum())))
-    search = SwapSearch(demand, found[order[0]], num_ranks)
+    search = _first_within(demand, [found[at] for at in order], num_ranks, area_limit)
     improve(search, area_limit)
     yield search.owner.copy()
     largest = [int(np.bincount(found[at], weights=demand.areas, minlength=num_ranks).max()) for at in order]
@@ -42,12 +42,31 @@ def affinity(demand: ChunkDemand, num_ranks: int, area_limit: int, tight_limit: 
     yield search.owner.copy()
 
 
+def _first_within(demand: ChunkDemand, found: list[Ints], num_ranks: int, area_limit: int) -> SwapSearch:
+    """The first of the assignments that can be mended to the limit; where none can, the first of all."""
+    first: SwapSearch | None = None
+    for owner in found:
+        search = SwapSearch(demand, owner, num_ranks)
+        search.mend(area_limit, num_swaps=2 * num_ranks)
+        first = first or search
+        if search.area.max() <= area_limit:
+            return search
+    assert first is not None
+    return first
+
+
 def improve(search: SwapSearch, area_limit: int) -> None:
-    """Steps 2 to 4."""
+    """Steps 2 to 4, and once more what they make worth trying again."""
+    # A swap among many chunks costs more to find and saves less.
+    num_reduced, num_rounds = search.num_ranks, 2
+    if len(search.owner) >= MANY_CHUNKS * search.num_ranks:
+        num_reduced, num_rounds = search.num_ranks // 2, 1
+    for _ in range(num_rounds):
+        search.mend(area_limit, num_swaps=2 * search.num_ranks)
+        search.relieve(area_limit, num_swaps=_NUM_RELIEFS)
+        search.reduce(area_limit, num_reduced)
     search.mend(area_limit, num_swaps=2 * search.num_ranks)
     search.relieve(area_limit, num_swaps=_NUM_RELIEFS)
-    search.reduce(area_limit, num_rounds=1)
-    search.mend(area_limit, num_swaps=2 * search.num_ranks)
 
 
 def top_p_heap(demand: ChunkDemand, num_ranks: int, max_chunks: int, top_p: float) -> Ints:

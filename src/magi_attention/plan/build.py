@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from magi_attention.common.enum import AttnOverlapMode
@@ -9,10 +11,10 @@ from magi_attention.config import DistAttnConfig, OverlapConfig
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import Ints
 from magi_attention.plan.cost import CostModel, Heads, cost_of
-from magi_attention.plan.demand import remote_transfers
+from magi_attention.plan.demand import num_rows, remote_transfers
 from magi_attention.plan.layout import ShardLayout
 from magi_attention.plan.plan import AttnPlan, areas_of
-from magi_attention.plan.predicted import fastest, not_slower_than
+from magi_attention.plan.predicted import Prediction, fastest, not_slower_than, prediction, prediction_of_one_stage
 from magi_attention.plan.query_moves import RowBytes, choose_moves, queries_are_few
 from magi_attention.plan.sharding import make_layouts
 from magi_attention.plan.stages import deal
@@ -74,6 +76,7 @@ def build_plan(
         k_layout=k_layout,
     )
 
+    @cache
     def complete(q_and_k: tuple[ShardLayout, ShardLayout]) -> AttnPlan:
         asks = moves_queries, only_few_queries
         plan, undealt = _plan_over(mask, *q_and_k, config.overlap_config, cost, asks, ranks_per_node)
@@ -81,7 +84,22 @@ def build_plan(
             return plan
         return not_slower_than(plan, Dealing(undealt, 1), heads, cost)
 
-    return fastest(map(complete, layouts), heads, cost)
+    in_one_stage = _comes_in_one_stage(config.overlap_config) and ranks_per_node is None and cost.ranks_per_node is None
+
+    def predict(q_and_k: tuple[ShardLayout, ShardLayout]) -> Prediction:
+        if in_one_stage:
+            quick = prediction_of_one_stage(mask, *q_and_k, cost)
+            if moves_queries is None or (
+                only_few_queries and not queries_are_few(mask.bands, quick.rows, num_ranks, moves_queries)
+            ):
+                return quick
+        return prediction(complete(q_and_k), heads, cost)
+
+    return complete(fastest(layouts, predict, cost))
+
+
+def _comes_in_one_stage(config: OverlapConfig) -> bool:
+    return not config.enable or (config.mode is AttnOverlapMode.STATIC and config.degree == 1)
 
 
 def _plan_over(
@@ -101,7 +119,7 @@ def _plan_over(
     moved, guests = None, np.empty((0, 6), np.int64)
     transfers, areas = remote_transfers(mask.bands, q_layout, k_layout), areas_of(mask, q_layout)
     if moves_queries is not None and not (
-        only_few_queries and not queries_are_few(mask.bands, transfers, q_layout.num_ranks, moves_queries)
+        only_few_queries and not queries_are_few(mask.bands, num_rows(transfers), q_layout.num_ranks, moves_queries)
     ):
         moves = choose_moves(mask.bands, q_layout, k_layout, transfers, areas, moves_queries)
         if moves is not None:

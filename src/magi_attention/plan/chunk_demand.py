@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from magi_attention.mask.bands import K0, K1, Ints, split_q
 from magi_attention.plan.demand import union_by_group
 
-Counts = NDArray[np.int32]
+Counts = NDArray[np.int16] | NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +44,13 @@ def chunk_demand(bands: Ints, areas: Ints, q_edges: Ints, k_edges: Ints, owns_co
 
 
 def count_needs(demand: ChunkDemand, owner: Ints, num_ranks: int) -> Counts:
-    """``[num_ranks, num_columns]`` int32: how many of a rank's chunks attend a column."""
-    change = np.zeros((num_ranks, len(demand.rows) + 1), np.int32)
+    """``[num_ranks, num_columns]`` int16 (int32 where ranks hold too many chunks): how many of a rank's chunks attend a column."""
+    counts = np.int16 if np.bincount(owner).max(initial=0) <= np.iinfo(np.int16).max else np.int32
+    change = np.zeros((num_ranks, len(demand.rows) + 1), counts)
     np.add.at(change, (owner[demand.chunk], demand.first), 1)
     np.add.at(change, (owner[demand.chunk], demand.last), -1)
-    return np.cumsum(change, axis=1, dtype=np.int32)[:, :-1]
+    np.cumsum(change, axis=1, out=change)
+    return change[:, :-1]
 
 
 def traffic(demand: ChunkDemand, owner: Ints, num_ranks: int) -> tuple[Ints, Ints]:

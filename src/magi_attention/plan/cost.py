@@ -185,7 +185,7 @@ def step_time(work: Workload, cost: CostModel) -> float:
 def is_better(time: float, rows: int, than_time: float, than_rows: int) -> bool:
     """Whether a predicted time is to be preferred: it is less by more than rounding may make it, or equal and moves fewer rows.
 
-    Every rank must choose the same plan, so this is the one comparison of predicted times. Of what is equal in both, callers keep the first.
+    Every rank must choose the same plan, so this is the one comparison of predicted times. Callers keep the first of equal ones.
     """
     if time * TIE < than_time:
         return True

@@ -63,6 +63,11 @@ def remote_transfers(bands: Ints, q_layout: ShardLayout, k_layout: ShardLayout) 
     return table[table[:, DST] != table[:, SRC]]
 
 
+def num_rows(table: Ints) -> int:
+    """How many rows a transfer table moves in all."""
+    return int((table[:, END] - table[:, BEGIN]).sum())
+
+
 def rows_by_rank(table: Ints, column: int, num_ranks: int) -> Ints:
     """``[num_ranks]``: rows of a transfer table, counted by the ranks in ``column`` (SRC or DST)."""
     counts = np.zeros(num_ranks, np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from magi_attention.plan.affinity import affinity, top_p_heap
 from magi_attention.plan.chunk_demand import ChunkDemand, chunk_demand
 from magi_attention.plan.layout import ShardLayout
 
-# How far over the mean a rank's area may be where that saves communication, in thousandths of it, unless min-heap itself is further over.
+# How far over the best balance a rank's area may be where that saves communication, in thousandths of it.
 AREA_SLACK_PERMILLE = 1045
 
 
@@ -54,30 +54,44 @@ class DispatchProblem:
     def demand(self) -> ChunkDemand:
         return chunk_demand(self.bands, self.areas, self.q_edges, self.k_edges, self.owns_columns)
 
+    @cached_property
+    def heap(self) -> Ints:
+        """Min-heap's assignment, which is about as even as chunks of these areas allow."""
+        return balance.min_heap(self.areas, self.num_ranks, self.max_chunks)
+
+    @property
+    def even_limit(self) -> int:
+        """How large a rank's area may be where that saves communication, if all ranks had the mean."""
+        return int(self.areas.sum()) * AREA_SLACK_PERMILLE // (1000 * self.num_ranks)
+
+    def largest_area(self, owner: Ints) -> int:
+        loads = np.zeros(self.num_ranks, np.int64)
+        np.add.at(loads, owner, self.areas)
+        return int(loads.max())
+
 
 def _by_area(function: Callable[[Ints, int, int], Ints], problem: DispatchProblem, alg: Any) -> Iterator[Ints]:
     yield function(problem.areas, problem.num_ranks, problem.max_chunks)
 
 
 def _affinity(problem: DispatchProblem, alg: AffinityDispatchAlg) -> Iterator[Ints]:
-    """Little moved within the slack; min-heap's; little moved within what min-heap's balance is. What misses its limit is left out."""
-    num_ranks = problem.num_ranks
-    heap = balance.min_heap(problem.areas, num_ranks, problem.max_chunks)
+    """Little moved within the slack; min-heap's; little moved within what min-heap's balance is. An assignment that misses its limit is not
+    yielded.
+
+    The slack counts from the mean or, where min-heap misses that by more, from what min-heap reaches.
+    """
+    num_ranks, heap = problem.num_ranks, problem.heap
     if num_ranks == 1 or not problem.areas.any():
         yield heap
         return
-
-    def largest(owner: Ints) -> int:
-        return int(np.bincount(owner, weights=problem.areas, minlength=num_ranks).max())
-
-    tight = largest(heap)
-    limit = max(int(problem.areas.sum()) * AREA_SLACK_PERMILLE // (1000 * num_ranks), tight)
+    tight = problem.largest_area(heap)
+    limit = problem.even_limit if tight <= problem.even_limit else tight * AREA_SLACK_PERMILLE // 1000
     found = affinity(problem.demand(), num_ranks, limit, tight)
     roomy = next(found)
-    if largest(roomy) <= limit:
+    if problem.largest_area(roomy) <= limit:
         yield roomy
     yield heap
-    yield from (owner for owner in found if largest(owner) <= tight)
+    yield from (owner for owner in found if problem.largest_area(owner) <= tight)
 
 
 def _top_p_heap(problem: DispatchProblem, alg: ToppHeapDispatchAlg) -> Iterator[Ints]:

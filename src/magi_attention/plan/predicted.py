@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
-from magi_attention.plan.cost import CostModel, Heads, Workload, backward_times, best_time, forward_times, is_better
-from magi_attention.plan.plan import AttnPlan
+from magi_attention.mask import AttnMask
+from magi_attention.plan.cost import (
+    CostModel,
+    Heads,
+    Workload,
+    backward_times,
+    best_time,
+    forward_times,
+    is_better,
+    step_time,
+)
+from magi_attention.plan.layout import ShardLayout
+from magi_attention.plan.plan import AttnPlan, areas_of
+from magi_attention.plan.traffic import rows_moved
 from magi_attention.plan.workload import (
     Dealing,
     WorkDensity,
@@ -21,6 +34,9 @@ from magi_attention.plan.workload import (
 
 # Where computing is less than this share of the step of a plan that moves little, plans that balance better are not looked at.
 _BOUND_BY_COMPUTING = 0.9
+
+
+Choice = TypeVar("Choice")
 
 
 def workloads(plan: AttnPlan, heads: Heads, cost: CostModel) -> tuple[Workload, Workload]:
@@ -81,22 +97,49 @@ def not_slower_than(plan: AttnPlan, one: Dealing, heads: Heads, cost: CostModel)
     return replace(plan, forward=forward, backward=backward)
 
 
-def fastest(plans: Iterator[AttnPlan], heads: Heads, cost: CostModel) -> AttnPlan:
-    """The plan of the least predicted step, and among equals the fewest rows received, then the first.
+@dataclass(frozen=True)
+class Prediction:
+    """What plans are chosen by: the predicted step, rows received in all, and the largest area of a rank."""
 
-    ``plans``: one; or one that moves little, another that balances areas better, and then, which are made only where balance may matter
+    step: float
+    rows: int
+    largest_area: int
+
+
+def prediction(plan: AttnPlan, heads: Heads, cost: CostModel) -> Prediction:
+    return Prediction(predicted_step(plan, heads, cost), int(plan.received_rows.sum()), int(plan.areas.max()))
+
+
+def prediction_of_one_stage(
+    mask: AttnMask, q_layout: ShardLayout, k_layout: ShardLayout, cost: CostModel
+) -> Prediction:
+    """What `prediction` says of these layouts' plan where keys arrive in one stage, over links that are all alike; no plan is made."""
+    received, sent = rows_moved(mask.bands, q_layout, k_layout)
+    areas, home = areas_of(mask, q_layout), cells_at_home(mask.bands, q_layout, k_layout)
+    num_stages = int(received.any())
+    rows = np.maximum(received, sent)[None].astype(np.float64)[:num_stages]
+    cells = (areas - home)[None].astype(np.float64)[:num_stages]
+    work = Workload(home.astype(np.float64), cells, rows, np.zeros_like(rows))
+    return Prediction(step_time(work, cost), int(received.sum()), int(areas.max()))
+
+
+def fastest(choices: Iterator[Choice], predict: Callable[[Choice], Prediction], cost: CostModel) -> Choice:
+    """The choice of the least predicted step, and among equals the fewest rows received, then the first.
+
+    ``choices``: one; or one that moves little, another that balances areas better, and then, which are made only where balance may matter
     more, others between those.
     """
-    best = next(plans)
-    second = next(plans, None)
+    best = next(choices)
+    second = next(choices, None)
     if second is None:
         return best
-    largest_area = float(best.areas.max())
-    least = predicted_step(best, heads, cost)
-    for number, plan in enumerate(itertools.chain([second], plans)):
-        step = predicted_step(plan, heads, cost)
-        if is_better(step, int(plan.received_rows.sum()), least, int(best.received_rows.sum())):
-            best, least = plan, step
-        if number == 0 and plan is not best and largest_area * cost.step_cell < _BOUND_BY_COMPUTING * least:
+    least = predict(best)
+    largest_area = least.largest_area
+    for number, choice in enumerate(itertools.chain([second], choices)):
+        one = predict(choice)
+        is_second_best = not is_better(one.step, one.rows, least.step, least.rows)
+        if not is_second_best:
+            best, least = choice, one
+        if number == 0 and is_second_best and largest_area * cost.step_cell < _BOUND_BY_COMPUTING * least.step:
             break
     return best

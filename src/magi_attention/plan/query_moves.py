@@ -52,11 +52,10 @@ class RowBytes:
         )
 
 
-def queries_are_few(bands: Ints, transfers: Ints, num_ranks: int, row_bytes: RowBytes) -> bool:
-    """Whether sending every query that attends anything to every other rank would move fewer bytes than ``transfers`` of keys do."""
+def queries_are_few(bands: Ints, num_keys: int, num_ranks: int, row_bytes: RowBytes) -> bool:
+    """Whether sending every query that attends anything to every other rank would move fewer bytes than ``num_keys`` rows of keys are."""
     asking = union_by_group(np.zeros(len(bands), np.int64), bands[:, Q0], bands[:, Q1])
     num_asking = int((asking[:, 2] - asking[:, 1]).sum())
-    num_keys = int((transfers[:, END] - transfers[:, BEGIN]).sum())
     return num_asking * (num_ranks - 1) * row_bytes.query < num_keys * row_bytes.key
 
 

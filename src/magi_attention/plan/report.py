@@ -23,9 +23,10 @@ from magi_attention.plan.cost import (
     ideal_time,
     timeline,
 )
-from magi_attention.plan.demand import BEGIN, DST, END, SRC, demanded_intervals, rows_by_rank
+from magi_attention.plan.demand import BEGIN, DST, END, SRC, rows_by_rank
 from magi_attention.plan.plan import AttnPlan
 from magi_attention.plan.predicted import workloads
+from magi_attention.plan.traffic import rows_moved
 
 
 @dataclass(frozen=True)
@@ -153,22 +154,7 @@ def _demanded_rows(plan: AttnPlan) -> int:
     """Distinct remote rows that each rank needs, summed: counted from the mask apart from the transfers."""
     if plan.moved is not None:
         return int(rows_by_rank(plan.forward.table, DST, plan.num_ranks).sum())
-    intervals = demanded_intervals(plan.mask.bands, plan.q_layout)
-    total = int((intervals[:, 2] - intervals[:, 1]).sum())
-    runs = plan.k_layout.runs
-    rank_stride = plan.k_layout.padded_seqlen + 1
-    begins = intervals[:, 0] * rank_stride + intervals[:, 1]
-    ends = intervals[:, 0] * rank_stride + intervals[:, 2]
-    before = np.append(0, np.cumsum(ends - begins))
-
-    def covered(position: Ints) -> Ints:  # rows demanded by the run's own rank ahead of a position of its own
-        keyed = runs[:, 2] * rank_stride + position
-        at = np.searchsorted(ends, keyed, side="right")
-        partial = np.maximum(keyed - np.append(begins, np.iinfo(np.int64).max // 2)[at], 0)
-        result: Ints = before[at] + partial
-        return result
-
-    return total - int((covered(runs[:, 1]) - covered(runs[:, 0])).sum())
+    return int(rows_moved(plan.mask.bands, plan.q_layout, plan.k_layout)[0].sum())
 
 
 def _rows_between_nodes(plan: AttnPlan, machine: Machine) -> int:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from magi_attention.config import DispatchConfig
+from magi_attention.config import AffinityDispatchAlg, DispatchConfig
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import Ints
 from magi_attention.plan.balance import sequential
+from magi_attention.plan.chunk_size import chunk_sizes, finer_size
 from magi_attention.plan.dispatch import DispatchProblem, candidates, chunk_areas, place_keys
 from magi_attention.plan.layout import ShardLayout, default_chunk_size, padded_length
 
@@ -33,14 +34,19 @@ class ChunkCut:
 
 
 def cut_in_chunks(
-    total_seqlen: int, num_ranks: int, config: DispatchConfig, min_chunks_per_rank: int, pad_size: int | None
+    total_seqlen: int,
+    num_ranks: int,
+    config: DispatchConfig,
+    min_chunks_per_rank: int,
+    pad_size: int | None,
+    chunk_size: int | None = None,
 ) -> ChunkCut:
-    """Chunk size, padding and chunk borders of one side.
+    """Padding and chunk borders of one side; ``chunk_size`` None is the config's or, where it has none, the default.
 
     Raises:
         ValueError: ``pad_size`` is neither None nor 0 and does not make whole chunks, equally many on every rank.
     """
-    chunk_size = config.chunk_size or default_chunk_size(total_seqlen, num_ranks, min_chunks_per_rank)
+    chunk_size = chunk_size or config.chunk_size or default_chunk_size(total_seqlen, num_ranks, min_chunks_per_rank)
     needed = 0 if config.uneven_shard else padded_length(total_seqlen, num_ranks, chunk_size) - total_seqlen
     pad_size = pad_size or needed
     block = num_ranks * chunk_size
@@ -81,18 +87,17 @@ def make_layouts(
 
     q_layouts: Iterable[ShardLayout] = [q_layout] if q_layout is not None else []
     if q_layout is None:
-        cut = cut_in_chunks(mask.num_q, num_ranks, config, min_chunks_per_rank, pad_size)
-        areas = chunk_areas(mask.bands, cut.edges)
         if is_q_permutable:
             k_edges = (
-                cut.edges
+                None
                 if is_same_source
                 else cut_in_chunks(mask.num_k, num_ranks, config, min_chunks_per_rank, None).edges
             )
-            problem = DispatchProblem(mask.bands, cut.edges, k_edges, is_same_source, areas, num_ranks)
-            q_layouts = map(cut.layout, candidates(problem, config))
+            cuts = _cuts_to_try(mask, num_ranks, config, min_chunks_per_rank, pad_size)
+            q_layouts = _dispatched(mask.bands, cuts, k_edges, config)
         else:
-            q_layouts = [cut.layout(sequential(areas, num_ranks, cut.max_chunks))]
+            cut = cut_in_chunks(mask.num_q, num_ranks, config, min_chunks_per_rank, pad_size)
+            q_layouts = [cut.layout(sequential(np.diff(cut.edges), num_ranks, cut.max_chunks))]
     for chosen in q_layouts:
         other = chosen if is_same_source else k_layout
         if other is None:
@@ -104,6 +109,58 @@ def make_layouts(
             )
         _check_fit(mask, num_ranks, chosen, other)
         yield chosen, other
+
+
+def _cuts_to_try(
+    mask: AttnMask, num_ranks: int, config: DispatchConfig, min_chunks_per_rank: int, pad_size: int | None
+) -> Iterator[ChunkCut]:
+    """The cut that is asked for; without a chunk size the coarsest, then the one that areas ask for (see `plan.chunk_size`) and finer."""
+
+    def cut(size: int | None) -> ChunkCut:
+        return cut_in_chunks(mask.num_q, num_ranks, config, min_chunks_per_rank, pad_size, size)
+
+    if config.chunk_size is not None or not isinstance(config.alg, AffinityDispatchAlg) or num_ranks == 1:
+        yield cut(None)
+        return
+    sizes = chunk_sizes(mask.num_q, num_ranks, min_chunks_per_rank)
+    if pad_size:  # only what it fits; where nothing does, the default size says so
+        padded = mask.num_q + pad_size
+        sizes = iter([size for size in sizes if padded % (num_ranks * size) == 0])
+    coarsest = next(sizes, None)
+    yield cut(coarsest)
+    finer = finer_size(sizes, lambda size: chunk_areas(mask.bands, cut(size).edges), num_ranks)
+    if finer is not None:
+        yield cut(finer)
+        yield from map(cut, sizes)
+
+
+def _dispatched(
+    bands: Ints, cuts: Iterator[ChunkCut], k_edges: Ints | None, config: DispatchConfig
+) -> Iterator[ShardLayout]:
+    """Layouts to choose from: those of the first cut that can be balanced with something left to choose, else of the last.
+
+    ``k_edges``: of the keys, None where they are the queries' rows.
+    """
+    following: ChunkCut | None = next(cuts)
+    while following is not None:
+        cut, following = following, None
+        edges = cut.edges
+        problem = DispatchProblem(
+            bands,
+            edges,
+            edges if k_edges is None else k_edges,
+            k_edges is None,
+            chunk_areas(bands, edges),
+            cut.num_ranks,
+        )
+        found = candidates(problem, config)
+        if problem.largest_area(problem.heap) > problem.even_limit and (following := next(cuts, None)) is not None:
+            continue
+        first = next(found)
+        if first is problem.heap and problem.areas.any() and (following := next(cuts, None)) is not None:
+            continue
+        yield cut.layout(first)
+        yield from map(cut.layout, found)
 
 
 def _check_fit(mask: AttnMask, num_ranks: int, q_layout: ShardLayout, k_layout: ShardLayout) -> None:

@@ -1,7 +1,7 @@
 """Better dispatch by swapping chunks of two ranks, so that each keeps as many as it had.
 
 What a rank's links carry is its *load*: the rows that it receives or those that it sends, whichever are more. Three searches: `mend` brings
-areas under a limit, `relieve` lowers the largest load, `reduce` what is received in all. Every step looks at all swaps of one rank's chunks
+areas under a limit, `relieve` lowers the largest load, `reduce` what is received in all. Every step looks at swaps of one rank's chunks
 for others', by estimates, and makes the best that holds when it is counted.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from magi_attention.mask.bands import Ints, expand
+from magi_attention.mask.bands import Ints
 from magi_attention.plan.chunk_demand import ChunkDemand, count_needs, traffic
 
 # The best this many swaps, by their estimated gain, are worked out exactly before one is made.
@@ -25,27 +25,29 @@ _NEVER = np.iinfo(np.int64).max
 class SwapSearch:
     """An assignment under swaps, with what every rank computes, receives and sends kept up to date.
 
-    ``needs``: see `count_needs`. ``unneeded``, ``lone``: ``[num_ranks, num_columns + 1]`` int64 prefix sums over columns of the rows of
-    columns that none, and that exactly one, of a rank's chunks attend. ``freed``: ``[num_chunks]`` rows that a chunk's rank would no longer
-    receive without it. ``others``: ``[num_columns]`` ranks that need a column and do not own it.
+    ``needs``: see `count_needs`. ``unneeded``: ``[num_ranks, num_columns + 1]`` prefix sums over columns of the rows of columns that none
+    of a rank's chunks attend. ``freed``: ``[num_chunks]`` rows that a chunk's rank would no longer receive without it. ``others``:
+    ``[num_columns]`` ranks that need a column and do not own it. ``first``, ``last``: ``[most intervals of a chunk, num_chunks]`` what each
+    chunk attends, empty intervals where it has fewer.
     """
 
     def __init__(self, demand: ChunkDemand, owner: Ints, num_ranks: int) -> None:
         self.demand, self.owner, self.num_ranks = demand, owner.copy(), num_ranks
         num_chunks = len(demand.areas)
-        self.starts = np.searchsorted(demand.chunk, np.arange(num_chunks + 1))
+        self.first, self.last = _by_chunk(demand)
         self.attends_itself = np.zeros(num_chunks, bool)
         self.attends_itself[demand.chunk[(demand.first <= demand.chunk) & (demand.chunk < demand.last)]] = True
         self.area = np.zeros(num_ranks, np.int64)
         np.add.at(self.area, owner, demand.areas)
         self.needs = count_needs(demand, owner, num_ranks)
         self.received, self.sent = traffic(demand, owner, num_ranks)
-        self.others = (self.needs > 0).sum(axis=0)
+        self.others = np.count_nonzero(self.needs, axis=0)
         if demand.owns_columns:
             self.others -= self.needs[owner, np.arange(num_chunks)] > 0
-        self.unneeded = np.zeros((num_ranks, len(demand.rows) + 1), np.int64)
-        self.lone = np.zeros((num_ranks, len(demand.rows) + 1), np.int64)
-        self.freed = np.zeros(num_chunks, np.int64)
+        # Large arrays, so as small as they may be.
+        self.rows = demand.rows.astype(np.int32) if demand.rows.sum() <= np.iinfo(np.int32).max else demand.rows
+        self.unneeded = np.zeros((num_ranks, len(demand.rows) + 1), self.rows.dtype)
+        self.freed = np.zeros(num_chunks, self.rows.dtype)
         for rank in range(num_ranks):
             self._refresh(rank)
 
@@ -56,29 +58,30 @@ class SwapSearch:
 
     def _refresh(self, rank: int) -> None:
         """Bring what is derived from ``needs`` and ``owner`` up to date, for one rank."""
-        demand, needs = self.demand, self.needs[rank]
-        rows = demand.rows
+        demand, needs, unneeded = self.demand, self.needs[rank], self.unneeded[rank]
         chunks = np.flatnonzero(self.owner == rank)
         alone = needs == 1
         if demand.owns_columns:
             alone[chunks] = False
-        np.cumsum(rows * (needs == 0), out=self.unneeded[rank, 1:])
-        np.cumsum(rows * alone, out=self.lone[rank, 1:])
-        self.freed[chunks] = self.over_demand(self.lone[rank], chunks)
+        np.cumsum(self.rows * (needs == 0), out=unneeded[1:])
+        self.freed[chunks] = self.over_demand(np.append(0, np.cumsum(self.rows * alone)), chunks)
         if demand.owns_columns:  # a column that leaves with its chunk must be received, if others need it
-            self.freed[chunks] -= np.where(needs[chunks] > 1, rows[chunks], 0)
+            self.freed[chunks] -= np.where(needs[chunks] > 1, demand.rows[chunks], 0)
 
-    def over_demand(self, prefix: Ints, chunks: Ints) -> Ints:
-        """``[..., num_columns + 1]`` prefix sums to ``[..., len(chunks)]``: their sum over the columns of each chunk."""
-        demand, first = self.demand, self.starts[chunks]
-        count = self.starts[chunks + 1] - first
-        if (count == 1).all():
-            single: Ints = prefix[..., demand.last[first]] - prefix[..., demand.first[first]]
-            return single
-        row, at = expand(first, count)
-        total = np.zeros((len(chunks), *prefix.shape[:-1]), np.int64)
-        np.add.at(total, row, np.moveaxis(prefix[..., demand.last[at]] - prefix[..., demand.first[at]], -1, 0))
-        return np.moveaxis(total, 0, -1)
+    def over_demand(self, prefix: Ints, chunks: Ints | slice) -> Ints:
+        """``[num_columns + 1]`` prefix sums to ``[len(chunks)]``: their sum over the columns of each chunk."""
+        total: Ints = prefix[self.last[0, chunks]] - prefix[self.first[0, chunks]]
+        for first, last in zip(self.first[1:], self.last[1:], strict=True):
+            total += prefix[last[chunks]] - prefix[first[chunks]]
+        return total
+
+    def unneeded_by(self, ranks: Ints, chunks: Ints) -> Ints:
+        """``[len(chunks), len(ranks)]``: the rows of each chunk's columns that no chunk of a rank attends."""
+        total = np.zeros((len(chunks), len(ranks)), np.int64)
+        for first, last in zip(self.first, self.last, strict=True):
+            total += self.unneeded[ranks, last[chunks][:, None]]
+            total -= self.unneeded[ranks, first[chunks][:, None]]
+        return total
 
     def mend(self, area_limit: int, num_swaps: int) -> None:
         """Bring ranks under the area limit, heaviest first; a rank that no swap helps is left."""
@@ -124,21 +127,20 @@ class SwapSearch:
 
             stuck[busiest] = not self._try_best(view, score, before, better)
 
-    def reduce(self, area_limit: int, num_rounds: int) -> None:
-        """For every rank, those of the largest load first, the swap after which fewest rows are received and no load tops the largest."""
+    def reduce(self, area_limit: int, most: int) -> None:
+        """For the ``most`` ranks of the largest load, the swap after which fewest rows are received and no load tops the largest."""
         limit = max(area_limit, int(self.area.max()))
-        for _ in range(num_rounds):
-            ceiling = int(self.load.max())
-            for rank in np.argsort(-self.load, kind="stable").tolist():
-                view = SwapView(self, rank)
-                fits = (view.worst_area() <= limit) & (view.worst_load() <= ceiling)
-                score = np.where(fits, view.change_in_all(), _NEVER)
-                before = int(self.received.sum())
+        ceiling = int(self.load.max())
+        for rank in np.argsort(-self.load, kind="stable")[:most].tolist():
+            view = SwapView(self, rank)
+            fits = (view.worst_area() <= limit) & (view.worst_load() <= ceiling)
+            score = np.where(fits, view.change_in_all(), _NEVER)
+            before = int(self.received.sum())
 
-                def better(_: list[int], before: int = before, ceiling: int = ceiling) -> bool:
-                    return bool(self.received.sum() < before and self.load.max() <= ceiling)
+            def better(_: list[int], before: int = before) -> bool:
+                return bool(self.received.sum() < before and self.load.max() <= ceiling)
 
-                self._try_best(view, score, 0, better)
+            self._try_best(view, score, 0, better)
 
     def _try_best(self, view: SwapView, score: Ints, bound: int, better: Callable[[list[int]], bool]) -> bool:
         """Make the best swap by ``score`` (below ``bound``) that is ``better`` for its two ranks once it is made."""
@@ -162,30 +164,39 @@ class SwapSearch:
 
     def _exchange(self, a: int, b: int) -> None:
         """Swap two chunks, and count what moves anew; what `_refresh` derives is left as it was."""
-        demand, ranks = self.demand, [int(self.owner[a]), int(self.owner[b])]
-        before = self._remote(ranks)
-        for chunk, source, target in ((a, *ranks), (b, *ranks[::-1])):
-            for at in range(self.starts[chunk], self.starts[chunk + 1]):
-                span = slice(demand.first[at], demand.last[at])
-                self.needs[source, span] -= 1
-                self.needs[target, span] += 1
-            self.area[source] -= demand.areas[chunk]
-            self.area[target] += demand.areas[chunk]
-            self.owner[chunk] = target
-        after = self._remote(ranks)
-        self.others += after.sum(axis=0) - before.sum(axis=0)
-        self.received[ranks] = after @ demand.rows
-        if demand.owns_columns:
-            sent = np.bincount(self.owner, weights=self.others * demand.rows, minlength=self.num_ranks)
-            self.sent = sent.astype(np.int64)
+        ranks = int(self.owner[a]), int(self.owner[b])
+        self._move(a, *ranks)
+        self._move(b, *ranks[::-1])
 
-    def _remote(self, ranks: list[int]) -> NDArray[np.bool_]:
-        """``[len(ranks), num_columns]``: the columns that these ranks need and do not own."""
-        remote = self.needs[ranks] > 0
-        if self.demand.owns_columns:
-            for at, rank in enumerate(ranks):
-                remote[at, self.owner == rank] = False
-        return remote
+    def _move(self, chunk: int, source: int, target: int) -> None:
+        demand = self.demand
+        for begin, end in zip(self.first[:, chunk].tolist(), self.last[:, chunk].tolist(), strict=True):
+            span = slice(begin, end)
+            lost, won = self.needs[source, span] == 1, self.needs[target, span] == 0
+            if demand.owns_columns:
+                owner = self.owner[span]
+                lost &= owner != source
+                won &= owner != target
+            rows = demand.rows[span]
+            self.received[source] -= rows[lost].sum()
+            self.received[target] += rows[won].sum()
+            change = won.astype(np.int64) - lost
+            self.others[span] += change
+            if demand.owns_columns:
+                np.add.at(self.sent, owner, change * rows)
+            self.needs[source, span] -= 1
+            self.needs[target, span] += 1
+        if demand.owns_columns:
+            rows_here = demand.rows[chunk]
+            self.sent[source] -= self.others[chunk] * rows_here
+            for rank, sign in ((source, 1), (target, -1)):  # one must receive it from now on, the other no more
+                if self.needs[rank, chunk] > 0:
+                    self.received[rank] += sign * rows_here
+                    self.others[chunk] += sign
+            self.sent[target] += self.others[chunk] * rows_here
+        self.area[source] -= demand.areas[chunk]
+        self.area[target] += demand.areas[chunk]
+        self.owner[chunk] = target
 
 
 def smallest(values: Ints, most: int, bound: int) -> list[int]:
@@ -201,6 +212,22 @@ def smallest(values: Ints, most: int, bound: int) -> list[int]:
     return found
 
 
+def _by_chunk(demand: ChunkDemand) -> tuple[Ints, Ints]:
+    """``[most, num_chunks]`` each: where the first, second, ... interval of every chunk begins and ends; 0 and 0 where it has none."""
+    count = np.bincount(demand.chunk, minlength=len(demand.areas))
+    which = np.arange(len(demand.chunk)) - (np.cumsum(count) - count)[demand.chunk]
+    first, last = (np.zeros((max(int(count.max(initial=0)), 1), len(count)), np.int64) for _ in range(2))
+    first[which, demand.chunk], last[which, demand.chunk] = demand.first, demand.last
+    return first, last
+
+
+def least(values: Ints, most: int, unit: int) -> Ints:
+    """Where the ``most`` smallest of ``values`` stand, told apart by ``unit``: by value, equal ones by index."""
+    steps = (values - values.min()) // unit
+    # Numbers of two bytes are sorted by radix, in a few passes; farther values than those tell apart are equal.
+    return np.argsort(np.minimum(steps, np.iinfo(np.uint16).max).astype(np.uint16), kind="stable")[:most]
+
+
 class SwapView:
     """Swaps of a chunk of ``rank`` for one of the others' chunks (``among`` ``[num_chunks]`` bool): ``[len(ours), len(theirs)]`` matrices.
 
@@ -210,22 +237,23 @@ class SwapView:
 
     def __init__(self, search: SwapSearch, rank: int, among: NDArray[np.bool_] | None = None) -> None:
         self.search, self.rank = search, rank
-        demand = search.demand
-        self.ours = ours = np.flatnonzero(search.owner == rank)
-        others = search.owner != rank
-        theirs = np.flatnonzero(others if among is None else others & among)
-        gained = search.over_demand(search.unneeded[rank], theirs)
-        given = search.over_demand(search.unneeded, ours).T  # [len(ours), num_ranks]
+        demand, needs = search.demand, search.needs
+        is_ours = search.owner == rank
+        self.ours = ours = np.flatnonzero(is_ours)
+        gained = search.over_demand(search.unneeded[rank], slice(None))  # of all chunks
         if demand.owns_columns:
-            gained -= np.where(search.attends_itself[theirs] | (search.needs[rank, theirs] > 0), demand.rows[theirs], 0)
-            comes_home = search.attends_itself[ours][:, None] | (search.needs[:, ours].T > 0)
-            given = given - np.where(comes_home, demand.rows[ours][:, None], 0)
+            gained -= search.rows * (search.attends_itself | (needs[rank] > 0))
+        theirs = np.flatnonzero(~is_ours if among is None else among & ~is_ours)
         if len(theirs) > _NUM_THEIRS:
-            nearest = np.argsort(gained - search.freed[theirs], kind="stable")[:_NUM_THEIRS]
-            theirs, gained = theirs[nearest], gained[nearest]
+            theirs = theirs[least((gained - search.freed)[theirs], _NUM_THEIRS, unit=int(demand.rows[0]))]
+        gained = gained[theirs].astype(np.int64)
         self.theirs, self.partner = theirs, search.owner[theirs]
         self.our_change = gained  # [len(theirs)], less what our chunk frees
-        self.given = given
+        self.given = search.unneeded_by(self.partner, ours)  # the rows that a partner would receive for our chunk
+        if demand.owns_columns:
+            self.known = needs[np.ix_(self.partner, ours)].T > 0  # whether a partner needs our chunk's column
+            comes_home = search.attends_itself[ours][:, None] | self.known
+            self.given -= np.where(comes_home, demand.rows[ours][:, None], 0)
 
     def pair(self, flat: int) -> tuple[int, int]:
         """The chunks of an entry of the matrices, ours first."""
@@ -242,8 +270,7 @@ class SwapView:
     def change_in_all(self) -> Ints:
         """How many more rows both ranks together would receive."""
         search = self.search
-        change = self.given[:, self.partner]
-        change += self.our_change - search.freed[self.theirs]
+        change = self.given + (self.our_change - search.freed[self.theirs])
         change -= search.freed[self.ours][:, None]
         return change
 
@@ -251,8 +278,7 @@ class SwapView:
         """The larger load of the two ranks after the swap."""
         search = self.search
         worst = (search.received[self.rank] - search.freed[self.ours])[:, None] + self.our_change
-        theirs = self.given[:, self.partner]
-        theirs += search.received[self.partner] - search.freed[self.theirs]
+        theirs = self.given + (search.received[self.partner] - search.freed[self.theirs])
         np.maximum(worst, theirs, out=worst)
         if search.demand.owns_columns:
             self._raise_to_sent(worst)
@@ -270,7 +296,6 @@ class SwapView:
         leaving = asked[ours] + kept_by_us
         we_send = (search.sent[self.rank] - rows[ours] * asked[ours])[:, None] + arriving
         np.maximum(worst, we_send, out=worst)
-        known = search.needs[:, ours].T > 0  # [len(ours), num_ranks]
-        they_send = (rows[ours][:, None] * (leaving[:, None] - known))[:, partner]
+        they_send = rows[ours][:, None] * (leaving[:, None] - self.known)
         they_send += search.sent[partner] - rows[theirs] * asked[theirs]
         np.maximum(worst, they_send, out=worst)

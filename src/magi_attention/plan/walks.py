@@ -5,6 +5,7 @@ runs alone are unbalanced: late chunks of long documents have many times the are
 light, and every rank takes the next stretch of each, as long as makes its number of chunks and its area right.
 
     `two_walks`   heavy: chunks above the mean, in sequence order; light: the others
+    `whole_documents`  heavy: documents denser than the mean, the densest first; light: the others, the sparsest first
     `shares`      heavy: all chunks of the longest documents, from both ends inwards, so that a rank gets an early run and a late one
                   of as much area as any other; light: the sparsest documents, whole
 
@@ -20,12 +21,19 @@ from magi_attention.mask.bands import Ints
 from magi_attention.plan.balance import sequential
 from magi_attention.plan.chunk_demand import ChunkDemand
 
+# So many chunks a rank tell documents apart.
+MANY_CHUNKS = 16
+# A document that more ranks than this compute is shared from both ends inwards, so that none of them sends its head to all others.
+_MOST_READERS = 4
+
 
 def starts(demand: ChunkDemand, num_ranks: int, area_limit: int) -> list[Ints]:
     """``[num_chunks]`` owners each, equally many chunks a rank; areas about even, except where all chunks weigh the same."""
     areas = demand.areas
     found = [two_walks(areas, num_ranks, by_level=level) for level in (False, True)]
     found += [shares(demand, num_ranks, scale) for scale in (0.5, 1.0)]
+    if len(areas) >= MANY_CHUNKS * num_ranks:
+        found.append(whole_documents(demand, num_ranks))
     in_order = sequential(areas, num_ranks, -(-len(areas) // num_ranks))
     if np.bincount(in_order, weights=areas, minlength=num_ranks).max(initial=0) <= area_limit:
         found.append(in_order)
@@ -64,8 +72,7 @@ def shares(demand: ChunkDemand, num_ranks: int, scale: float) -> Ints:
 
     first = np.cumsum(length) - length
     from_front = np.arange(num_chunks) - first[document]
-    from_back = length[document] - 1 - from_front
-    inwards = np.minimum(2 * from_front, 2 * from_back + 1)
+    inwards = _inwards(from_front, length[document])
     density = (area / np.maximum(length, 1))[document]
     dense_first = np.lexsort((inwards, document, -density))
     sparse_first = np.lexsort((np.arange(num_chunks), document, density))
@@ -76,6 +83,31 @@ def shares(demand: ChunkDemand, num_ranks: int, scale: float) -> Ints:
     if len(rest):
         owner[rest] = num_filled + two_walks(areas[rest], num_ranks - num_filled, by_level=False)
     return owner
+
+
+def whole_documents(demand: ChunkDemand, num_ranks: int) -> Ints:
+    """Every rank takes a stretch of the dense documents and one of the sparse ones, the densest beside the sparsest.
+
+    Documents stay in one piece, except where a rank's share ends, and those that take many ranks.
+    """
+    areas, document = demand.areas, documents_of(demand)
+    length, area = np.bincount(document), np.zeros(int(document[-1]) + 1, np.int64)
+    np.add.at(area, document, areas)
+    readers = area * num_ranks > _MOST_READERS * int(areas.sum())
+    from_front = np.arange(len(areas)) - (np.cumsum(length) - length)[document]
+    place = np.where(readers[document], _inwards(from_front, length[document]), from_front)
+    density, is_dense = (area / length)[document], (area * len(areas) >= length * int(areas.sum()))[document]
+    dense_first = np.lexsort((place, document, -density))
+    sparse_first = np.lexsort((np.arange(len(areas)), document, density))
+    owner = np.empty(len(areas), np.int64)
+    heavy, light = dense_first[is_dense[dense_first]], sparse_first[~is_dense[sparse_first]]
+    _walk(owner, areas, heavy, light, num_ranks, all_ranks=True)
+    return owner
+
+
+def _inwards(from_front: Ints, length: Ints) -> Ints:
+    """The order of chunks from both ends of a document inwards: the first, the last, the second, the last but one, ..."""
+    return np.minimum(2 * from_front, 2 * (length - 1 - from_front) + 1)
 
 
 def documents_of(demand: ChunkDemand) -> Ints:
