@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from magi_attention.config import DispatchConfig, DistAttnConfig, MinHeapDispatchAlg
 from magi_attention.mask import AttnMask, causal, varlen, varlen_block_causal
 from magi_attention.plan import build_plan
 from plan import document_lengths  # type: ignore[import-not-found]
@@ -118,6 +119,56 @@ def compare(quick: bool, seeds: int, beside: Path | None, table: Path) -> None:
         writer.writerows(rows)
     print(f"table: {table}")
     summarise(rows)
+
+
+def plot_sizes(picture: Path, total: int = 1 << 20, num_ranks: int = 64, seed: int = 0) -> None:
+    """What each chunk size would give for packed documents: the largest chunk, the balance that min-heap reaches, rows and predicted step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from magi_attention.plan.chunk_size import chunk_sizes  # not at the top: versions beside this one need not have it
+    from magi_attention.plan.dispatch import chunk_areas
+
+    mask = Case("packed", total, num_ranks, seed).make()
+    chosen = build_plan(mask, num_ranks).q_layout.chunk_size
+    sizes = list(chunk_sizes(total, num_ranks, 8))
+    largest, reachable, imbalance, rows, steps = [], [], [], [], []
+    for size in sizes:
+        plan = build_plan(mask, num_ranks, DistAttnConfig(DispatchConfig(chunk_size=size)))
+        heap = build_plan(mask, num_ranks, DistAttnConfig(DispatchConfig(chunk_size=size, alg=MinHeapDispatchAlg())))
+        largest.append(chunk_areas(mask.bands, plan.q_layout.chunk_edges).max() * num_ranks / mask.area)
+        reachable.append(heap.imbalance)
+        imbalance.append(plan.imbalance)
+        rows.append(plan.received_rows.sum() / 1e6)
+        steps.append(plan.report().step * 1e3)
+    figure, (areas, moved) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    areas.plot(sizes, largest, marker="o", label="largest chunk")
+    areas.plot(sizes, reachable, marker="s", label="busiest rank, min-heap")
+    areas.plot(sizes, imbalance, marker="^", label="busiest rank, plan")
+    areas.set_ylabel("area over a rank's mean area")
+    areas.set_ylim(0)
+    moved.plot(sizes, steps, marker="o", color="C3", label="predicted step, ms")
+    twin = moved.twinx()
+    twin.plot(sizes, rows, marker="s", color="C4", label="rows received, millions")
+    moved.set_ylabel("predicted step, ms")
+    twin.set_ylabel("rows received, millions")
+    moved.set_ylim(0)
+    twin.set_ylim(0)
+    for axes in (areas, moved):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.set_xlabel("tokens a chunk")
+        axes.axvline(chosen, color="grey", linestyle=":", label="chosen")
+        axes.grid(alpha=0.3)
+    areas.legend()
+    handles = [*moved.get_legend_handles_labels()[0], *twin.get_legend_handles_labels()[0]]
+    moved.legend(handles=handles, loc="lower right")
+    figure.suptitle(f"Packed causal documents, {total:,} tokens on {num_ranks} ranks")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+    print(f"plot: {picture}")
 
 
 def summarise(rows: list[dict[str, Any]]) -> None:

@@ -253,8 +253,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.auto:
-        from auto_chunks import compare  # which takes its documents from here
+        from auto_chunks import compare, plot_sizes  # which take their documents from here
 
+        plot_sizes(args.plot.with_name("chunk_size.png"))
         compare(args.quick, args.seeds, args.beside, args.table)
         return
     heads = Heads()

@@ -93,7 +93,8 @@ class DispatchConfig:
     """How the sequence is cut and dealt.
 
     Attributes:
-        chunk_size: tokens of a chunk; None is ``ceil(total_seqlen_q / (MIN_CHUNKS_PER_RANK * cp_size))``.
+        chunk_size: tokens of a chunk. None: chosen from the areas of chunks, at most
+            ``ceil(total_seqlen_q / (MIN_CHUNKS_PER_RANK * cp_size))``, and exactly that for algorithms other than the default one.
         uneven_shard: pad nothing; ranks may then hold different numbers of rows.
         alg: how chunks are dealt.
     """

@@ -76,8 +76,8 @@ def magi_attn_varlen_key(
         cu_seqlens_q, cu_seqlens_k: ``[num_documents + 1]`` cumulative lengths in tokens, starting at 0 (int tensors or lists).
         num_heads_q, num_heads_kv, head_dim: of the tensors that `calc_attn` will be given.
         pad_size: padding rows behind q; None or 0 computes them.
-        chunk_size: tokens of a chunk, the unit that is dealt to ranks; left out, ``ceil(total / (8 * cp_size))``, where the 8 is
-            MAGI_ATTENTION_MIN_CHUNKS_PER_RANK.
+        chunk_size: tokens of a chunk, the unit that is assigned to ranks. None: chosen by the planner from the areas of chunks, at
+            most ``ceil(total / (8 * cp_size))``, where the 8 is MAGI_ATTENTION_MIN_CHUNKS_PER_RANK.
         cp_group_or_mesh: a ProcessGroup, or a 1-D or 2-D (inter-node x intra-node) DeviceMesh; left out, the default group, or
             one rank where torch.distributed is not initialised.
         causal: every document is causal (bottom-right aligned).

@@ -17,7 +17,7 @@ from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import Ints
 from magi_attention.plan.dispatch import DispatchProblem, chunk_areas, dispatch
 from magi_attention.plan.layout import ShardLayout
-from magi_attention.plan.sharding import cut_in_chunks
+from magi_attention.plan.sharding import cuts_to_try
 
 # Areas are weighted in integers; this many steps keep the ratio of weights.
 _WEIGHT_STEPS = 1 << 10
@@ -43,12 +43,21 @@ def joint_layout(
         ValueError: no masks, other lengths, or weights that are not positive, one for each.
     """
     _check(masks, weights)
-    cut = cut_in_chunks(masks[0].num_q, num_ranks, config.dispatch_config, min_chunks_per_rank, pad_size)
-    areas = np.stack([chunk_areas(mask.bands, cut.edges) for mask in masks])  # [num_masks, num_chunks]
-    scale = np.round(np.asarray(weights) / max(weights) * _WEIGHT_STEPS).astype(np.int64)
-    weighted = (np.maximum(scale, 1)[:, None] * areas).sum(axis=0)
+    scale = np.maximum(np.round(np.asarray(weights) / max(weights) * _WEIGHT_STEPS).astype(np.int64), 1)
     bands = np.concatenate([mask.bands for mask in masks])
-    problem = DispatchProblem(bands, cut.edges, cut.edges, True, weighted, num_ranks)
+
+    def areas_by_mask(edges: Ints) -> Ints:  # [num_masks, num_chunks]
+        return np.stack([chunk_areas(mask.bands, edges) for mask in masks])
+
+    def weighted(edges: Ints) -> Ints:
+        total: Ints = (scale[:, None] * areas_by_mask(edges)).sum(axis=0)
+        return total
+
+    for cut in cuts_to_try(masks[0].num_q, num_ranks, config.dispatch_config, min_chunks_per_rank, pad_size, weighted):
+        problem = DispatchProblem(bands, cut.edges, cut.edges, True, weighted(cut.edges), num_ranks)
+        if problem.largest_area(problem.heap) <= problem.even_limit:
+            break
+    areas = areas_by_mask(cut.edges)
     by_sum = dispatch(problem, config.dispatch_config)
     in_view = deal_in_view_of_all(areas, num_ranks, problem.max_chunks)
     limits = np.maximum(imbalances(areas, in_view, num_ranks), SINGLE_MASK_LIMIT)

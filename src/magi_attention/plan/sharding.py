@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -93,7 +94,9 @@ def make_layouts(
                 if is_same_source
                 else cut_in_chunks(mask.num_k, num_ranks, config, min_chunks_per_rank, None).edges
             )
-            cuts = _cuts_to_try(mask, num_ranks, config, min_chunks_per_rank, pad_size)
+            cuts = cuts_to_try(
+                mask.num_q, num_ranks, config, min_chunks_per_rank, pad_size, partial(chunk_areas, mask.bands)
+            )
             q_layouts = _dispatched(mask.bands, cuts, k_edges, config)
         else:
             cut = cut_in_chunks(mask.num_q, num_ranks, config, min_chunks_per_rank, pad_size)
@@ -111,24 +114,32 @@ def make_layouts(
         yield chosen, other
 
 
-def _cuts_to_try(
-    mask: AttnMask, num_ranks: int, config: DispatchConfig, min_chunks_per_rank: int, pad_size: int | None
+def cuts_to_try(
+    total_seqlen: int,
+    num_ranks: int,
+    config: DispatchConfig,
+    min_chunks_per_rank: int,
+    pad_size: int | None,
+    areas_of: Callable[[Ints], Ints],
 ) -> Iterator[ChunkCut]:
-    """The cut that is asked for; without a chunk size the coarsest, then the one that areas ask for (see `plan.chunk_size`) and finer."""
+    """The cut that is asked for; without a chunk size the coarsest, then the one that areas ask for (see `plan.chunk_size`) and finer.
+
+    ``areas_of``: the area of every chunk, from the chunks' edges.
+    """
 
     def cut(size: int | None) -> ChunkCut:
-        return cut_in_chunks(mask.num_q, num_ranks, config, min_chunks_per_rank, pad_size, size)
+        return cut_in_chunks(total_seqlen, num_ranks, config, min_chunks_per_rank, pad_size, size)
 
     if config.chunk_size is not None or not isinstance(config.alg, AffinityDispatchAlg) or num_ranks == 1:
         yield cut(None)
         return
-    sizes = chunk_sizes(mask.num_q, num_ranks, min_chunks_per_rank)
+    sizes = chunk_sizes(total_seqlen, num_ranks, min_chunks_per_rank)
     if pad_size:  # only what it fits; where nothing does, the default size says so
-        padded = mask.num_q + pad_size
+        padded = total_seqlen + pad_size
         sizes = iter([size for size in sizes if padded % (num_ranks * size) == 0])
     coarsest = next(sizes, None)
     yield cut(coarsest)
-    finer = finer_size(sizes, lambda size: chunk_areas(mask.bands, cut(size).edges), num_ranks)
+    finer = finer_size(sizes, lambda size: areas_of(cut(size).edges), num_ranks)
     if finer is not None:
         yield cut(finer)
         yield from map(cut, sizes)
