@@ -21,6 +21,8 @@ from magi_attention.plan.swaps import SwapSearch
 from magi_attention.plan.walks import MANY_CHUNKS, starts
 
 _NUM_RELIEFS = 64
+# Ranks whose received rows are reduced, in a round: those of the largest load.
+_NUM_REDUCED = 512
 
 
 def affinity(demand: ChunkDemand, num_ranks: int, area_limit: int, tight_limit: int) -> Iterator[Ints]:
@@ -58,9 +60,9 @@ def _first_within(demand: ChunkDemand, found: list[Ints], num_ranks: int, area_l
 def improve(search: SwapSearch, area_limit: int) -> None:
     """Steps 2 to 4, and once more what they make worth trying again."""
     # A swap among many chunks costs more to find and saves less.
-    num_reduced, num_rounds = search.num_ranks, 2
+    num_reduced, num_rounds = min(search.num_ranks, _NUM_REDUCED), 2
     if len(search.owner) >= MANY_CHUNKS * search.num_ranks:
-        num_reduced, num_rounds = search.num_ranks // 2, 1
+        num_reduced, num_rounds = min(search.num_ranks // 2, _NUM_REDUCED), 1
     for _ in range(num_rounds):
         search.mend(area_limit, num_swaps=2 * search.num_ranks)
         search.relieve(area_limit, num_swaps=_NUM_RELIEFS)

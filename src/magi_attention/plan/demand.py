@@ -8,8 +8,10 @@ what it receives (rank 0)         11122       1111          rows of its own are 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from magi_attention.mask.bands import K0, K1, Ints, expand, split_q
 from magi_attention.plan.exchange import Exchange
@@ -40,8 +42,8 @@ def union_by_group(group: Ints, begin: Ints, end: Ints) -> Ints:
     return np.stack([which, keyed_begin[first] - which * stride, reach[last] - which * stride], axis=1)
 
 
-def split_by_owner(intervals: Ints, k_layout: ShardLayout) -> Ints:
-    """A transfer table (stage 0) of ``(rank, k_begin, k_end)`` rows, each cut where the owner changes; own rows included.
+def split_by_owner(intervals: Ints, k_layout: ShardLayout, *, remote_only: bool = False) -> Ints:
+    """A transfer table (stage 0) of ``(rank, k_begin, k_end)`` rows, each cut where the owner changes; own rows included or dropped.
 
     Ordered by DST, SRC, BEGIN, which is the order of rows in DST's receive buffer.
     """
@@ -50,17 +52,30 @@ def split_by_owner(intervals: Ints, k_layout: ShardLayout) -> Ints:
     first = np.searchsorted(runs[:, 1], begin, side="right")
     count = np.searchsorted(runs[:, 0], end, side="left") - first
     row, run = expand(first, count)
-    begin, end = np.maximum(begin[row], runs[run, 0]), np.minimum(end[row], runs[run, 1])
-    table = np.stack(
-        [np.zeros_like(row), rank[row], runs[run, 2], begin, end, runs[run, 3] + begin - runs[run, 0]], axis=1
-    )
-    return table[np.argsort(table[:, DST] * k_layout.num_ranks + table[:, SRC], kind="stable")]
+    destination, source = _small(rank, k_layout.num_ranks)[row], _small(runs[:, 2], k_layout.num_ranks)[run]
+    if remote_only:
+        remote = destination != source
+        row, run, destination, source = row[remote], run[remote], destination[remote], source[remote]
+    order = np.lexsort((source, destination))
+    row, run = row[order], run[order]
+    # Filled column by column: there may be tens of millions of rows.
+    table = np.zeros((len(row), 6), np.int64)
+    table[:, DST], table[:, SRC] = destination[order], source[order]
+    np.maximum(begin[row], runs[run, 0], out=table[:, BEGIN])
+    np.minimum(end[row], runs[run, 1], out=table[:, END])
+    table[:, SRC_LOCAL] = (runs[:, 3] - runs[:, 0])[run]
+    table[:, SRC_LOCAL] += table[:, BEGIN]
+    return table
+
+
+def _small(ranks: Ints, num_ranks: int) -> NDArray[np.integer[Any]]:
+    """The same in two bytes where they fit: numbers of two bytes are sorted by radix, in a few passes."""
+    return ranks.astype(np.uint16) if num_ranks <= 1 << 16 else ranks
 
 
 def remote_transfers(bands: Ints, q_layout: ShardLayout, k_layout: ShardLayout) -> Ints:
     """The transfer table of exactly the distinct rows that each rank attends and does not own."""
-    table = split_by_owner(demanded_intervals(bands, q_layout), k_layout)
-    return table[table[:, DST] != table[:, SRC]]
+    return split_by_owner(demanded_intervals(bands, q_layout), k_layout, remote_only=True)
 
 
 def num_rows(table: Ints) -> int:
@@ -100,10 +115,8 @@ class ByRank:
 
 
 def _grouped(ranks: Ints, num_ranks: int) -> tuple[Ints, Ints]:
-    # Numbers of two bytes are sorted by radix, in a few passes.
-    small = ranks.astype(np.uint16) if num_ranks <= 1 << 16 else ranks
     bounds = np.append(0, np.cumsum(np.bincount(ranks, minlength=num_ranks)))
-    return np.argsort(small, kind="stable"), bounds
+    return np.argsort(_small(ranks, num_ranks), kind="stable"), bounds
 
 
 def exchange_of(sent: Ints, received: Ints, num_ranks: int) -> Exchange:
