@@ -122,7 +122,7 @@ def compare(quick: bool, seeds: int, beside: Path | None, table: Path) -> None:
 
 
 def plot_sizes(picture: Path, total: int = 1 << 20, num_ranks: int = 64, seed: int = 0) -> None:
-    """What each chunk size would give for packed documents: the largest chunk, the balance that min-heap reaches, rows and predicted step."""
+    """What each chunk size would give for packed documents: largest chunk, balance that min-heap reaches, rows, predicted step."""
     import matplotlib
 
     matplotlib.use("Agg")
