@@ -117,7 +117,7 @@ def test_what_is_no_overlap_algorithm(alg: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"degree": 0}, "degree must be a positive int, got 0"),
+        ({"degree": False}, "degree must be a positive int, got False"),
         ({"degree": -2}, "degree must be a positive int, got -2"),
         ({"degree": 1.0}, "degree must be a positive int, got 1.0"),
         ({"degree": None}, "degree must be a positive int under AttnOverlapMode.STATIC, got None"),
@@ -144,6 +144,20 @@ def test_bad_overlap(fields: dict[str, Any], message: str) -> None:
 def test_degree_is_not_looked_at_where_it_means_nothing() -> None:
     assert OverlapConfig(mode=AttnOverlapMode.DYNAMIC, degree=None).degree is None
     assert OverlapConfig(enable=False, degree=None).degree is None
+
+
+def test_values_that_programs_rely_on() -> None:
+    assert ToppHeapDispatchAlg().top_p == 0.0
+    assert GrpCollConfig().rdma_chunk_size == 16
+
+
+def test_a_degree_of_0_is_no_overlap() -> None:
+    for config in (OverlapConfig(degree=0), OverlapConfig(mode=AttnOverlapMode.DYNAMIC, degree=0)):
+        assert config.no_overlap
+        assert config == OverlapConfig(enable=False, mode=config.mode)
+    assert OverlapConfig(enable=False).no_overlap
+    assert not OverlapConfig().no_overlap
+    assert not OverlapConfig(degree=3).no_overlap
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,12 @@ class SortedSequentialSelectAlg(DispatchAlg):
 
 @dataclass(frozen=True)
 class ToppHeapDispatchAlg(DispatchAlg):
-    """Largest area first, to that of the least loaded ``top_p`` share of ranks which shares most keys with the chunk."""
+    """Largest area first, to that of the least loaded ``top_p`` share of ranks which shares most keys with the chunk.
 
-    top_p: float = 0.5
+    A share of less than two ranks, such as 0, is the least loaded rank alone, as in `MinHeapDispatchAlg`.
+    """
+
+    top_p: float = 0.0
     type: ClassVar[DispatchAlgType] = DispatchAlgType.TOPP_HEAP
 
     def __post_init__(self) -> None:
@@ -139,8 +142,9 @@ class OverlapConfig:
 
     Attributes:
         enable: False is one remote stage, whatever ``mode`` and ``degree`` say.
-        mode: STATIC takes ``degree``; DYNAMIC chooses the number of stages by predicted time, and does not look at ``degree``.
-        degree: remote stages, at least 1; None only where it is not looked at.
+        mode: STATIC takes ``degree``; DYNAMIC chooses the number of stages by predicted time, and ignores a ``degree`` of 1 or more.
+        degree: remote stages; None only where it is ignored. 0 is MagiAttention's way to switch overlap off: the config becomes
+            ``enable=False, degree=1``.
         dynamic_max_degree: the most stages that DYNAMIC tries; None is 8.
         min_chunk_size: rows; the busiest rank's stages are no smaller, so short sequences get fewer stages.
         max_num_chunks: into how many parts a rank's remote rows are cut at most when DYNAMIC or greedy dealing looks at them.
@@ -165,6 +169,9 @@ class OverlapConfig:
     latency_cost: float = 0.0
 
     def __post_init__(self) -> None:
+        if type(self.degree) is int and self.degree == 0:
+            object.__setattr__(self, "enable", False)
+            object.__setattr__(self, "degree", 1)
         _check_type("enable", self.enable, bool, "True or False")
         _check_type("mode", self.mode, AttnOverlapMode, "AttnOverlapMode.STATIC or AttnOverlapMode.DYNAMIC")
         _check_alg(self.alg, OverlapAlg, "UniformOverlapAlg()")
@@ -185,6 +192,11 @@ class OverlapConfig:
         if not isinstance(self.latency_cost, (int, float)) or not 0 <= self.latency_cost < math.inf:
             raise ValueError(f"latency_cost must be 0 or a positive number, got {self.latency_cost!r}")
 
+    @property
+    def no_overlap(self) -> bool:
+        """Whether moving is not hidden behind computing: one remote stage, as ``enable=False`` or ``degree=0`` ask."""
+        return not self.enable
+
 
 @dataclass(frozen=True)
 class GrpCollConfig:
@@ -193,7 +205,7 @@ class GrpCollConfig:
     num_sms: int = 24
     nvl_chunk_size: int = 8
     nvl_buffer_size: int = 256
-    rdma_chunk_size: int = 4
+    rdma_chunk_size: int = 16
     rdma_buffer_size: int = 128
     num_nvl_bytes: int = int(2e9)
     num_rdma_bytes: int = 0

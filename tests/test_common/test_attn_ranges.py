@@ -369,3 +369,25 @@ def test_a_hundred_thousand_ranges() -> None:
     assert sum(chunk.total_seqlen for chunk in merged.chunk(512)) == merged.total_seqlen
     assert mine.to_tensor().shape == (100_000, 2)
     assert time.perf_counter() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("pairs", "alignment", "expected"),
+    [
+        ([[5, 9], [0, 3], [8, 12]], 1, [(0, 3), (5, 12)]),
+        ([[5, 9], [0, 3], [8, 12]], 2, [(0, 12)]),
+        ([[5, 9], [17, 18]], 4, [(4, 12), (16, 20)]),
+        ([[5, 9], [13, 14]], 4, [(4, 16)]),
+        ([[0, 3], [3, 3]], 1, [(0, 3)]),
+        ([], 4, []),
+    ],
+)
+def test_merge_with_split_alignment(pairs: list[list[int]], alignment: int, expected: list[tuple[int, int]]) -> None:
+    ranges = AttnRanges.from_ranges(pairs)
+    assert ranges.merge_with_split_alignment(alignment).to_naive_ranges() == expected
+    assert ranges == AttnRanges.from_ranges(pairs)
+
+
+def test_split_alignment_is_positive() -> None:
+    with pytest.raises(ValueError, match="split_alignment must be at least 1, got 0"):
+        AttnRanges().merge_with_split_alignment(0)

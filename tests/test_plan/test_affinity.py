@@ -149,7 +149,7 @@ from magi_attention.config import *
 from magi_attention.mask import varlen
 from magi_attention.plan import build_plan
 mask = varlen([0, 700, 1100, 1111, 2500, 4096], causal=True)
-for alg in (AffinityDispatchAlg(), MinHeapDispatchAlg(), ToppHeapDispatchAlg(), BSDispatchAlg(), SortedSequentialSelectAlg()):
+for alg in (AffinityDispatchAlg(), MinHeapDispatchAlg(), ToppHeapDispatchAlg(top_p=0.5), BSDispatchAlg(), SortedSequentialSelectAlg()):
     for overlap in (OverlapConfig(), OverlapConfig(degree=3, min_chunk_size=1, alg=GreedyOverlapAlg())):
         config = DistAttnConfig(DispatchConfig(chunk_size=64, alg=alg), overlap)
         print(build_plan(mask, 8, config, ranks_per_node=4).digest().hex())

@@ -29,7 +29,7 @@ ALGORITHMS: tuple[DispatchAlg, ...] = (
     MinHeapDispatchAlg(),
     SequentialDispatchAlg(),
     SortedSequentialSelectAlg(),
-    ToppHeapDispatchAlg(),
+    ToppHeapDispatchAlg(top_p=0.5),
     BSDispatchAlg(),
 )
 STAGES = {

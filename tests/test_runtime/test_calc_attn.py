@@ -194,7 +194,7 @@ def test_every_dispatcher_and_chosen_stages() -> None:
         MinHeapDispatchAlg(),
         SequentialDispatchAlg(),
         SortedSequentialSelectAlg(),
-        ToppHeapDispatchAlg(),
+        ToppHeapDispatchAlg(top_p=0.5),
         BSDispatchAlg(),
     )
     families = ("varlen_causal", "random_a", "causal", "window", "varlen_causal")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from magi_attention.common.enum import AttnOverlapMode
 from magi_attention.config import (
@@ -27,12 +28,12 @@ from magi_attention.plan.cost import Heads, Machine
 from magi_attention.plan.query_moves import RowBytes
 from magi_attention.plan.report import PlanReport
 
-DISPATCHERS: dict[str, type[DispatchAlg]] = {
+DISPATCHERS: dict[str, Callable[[], DispatchAlg]] = {
     "affinity": AffinityDispatchAlg,
     "min-heap": MinHeapDispatchAlg,
     "sequential": SequentialDispatchAlg,
     "sorted-sequential": SortedSequentialSelectAlg,
-    "top-p-heap": ToppHeapDispatchAlg,
+    "top-p-heap": partial(ToppHeapDispatchAlg, top_p=0.5),
     "binary-search": BSDispatchAlg,
     "dynamic-programming": DPDispatchAlg,
     "lower-bound": LBDispatchAlg,

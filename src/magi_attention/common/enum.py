@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import Enum
-from typing import SupportsIndex
+from typing import TYPE_CHECKING, Literal, SupportsIndex, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+
+# Names that programs already written import.
+GroupReduceOp: TypeAlias = Literal["sum", "avg", "lse"]
+AttnSinkLayout: TypeAlias = Literal["sh", "shd", "ssh"]
 
 
 class AttnMaskType(Enum):
@@ -107,3 +114,39 @@ class OverlapAlgType(Enum):
 
     UNIFORM = "uniform"
     GREEDY = "greedy"
+
+
+class DynamicAttnAlgType(Enum):
+    """Names of MagiAttention's planners that move queries; kept for programs already written, and used by nothing here."""
+
+    NON_COMMUNICATION_QO = "non_communication_qo"
+    GREEDY_RANDOM_GRID = "greedy_random_grid"
+    SIMPLEX_NETWORK_FLOW = "simplex_network_flow"
+    FAST_SIMPLEX_NETWORK_FLOW = "fast_simplex_network_flow"
+    BINARY_GREEDY = "binary_greedy"
+    BINARY_GREEDY_PARALLEL = "binary_greedy_parallel"
+
+
+class MagiAttentionKernelBackend(Enum):
+    """What ``MAGI_ATTENTION_KERNEL_BACKEND`` may be set to; ``FA4`` is refused there."""
+
+    FFA = "ffa"
+    SDPA = "sdpa"
+    SDPA_OL = "sdpa_ol"
+    FA4 = "fa4"
+
+
+class MagiAttentionPrecision(Enum):
+    """What ``MAGI_ATTENTION_PRECISION`` may be set to."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+    FP64 = "fp64"
+
+    def to_torch_dtype(self) -> torch.dtype:
+        """The dtype of that name."""
+        import torch
+
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+        return dtypes[self.value]

@@ -132,6 +132,18 @@ class AttnRanges:
         """A new list: the union, as merged ranges."""
         return _of_array(arrays.merged(self._to_array()))
 
+    def merge_with_split_alignment(self, split_alignment: int = 1) -> AttnRanges:
+        """A new list: the union of the ranges rounded outwards to multiples of ``split_alignment``, as merged ranges.
+
+        Raises:
+            ValueError: a split_alignment below 1.
+        """
+        if split_alignment < 1:
+            raise ValueError(f"split_alignment must be at least 1, got {split_alignment}")
+        pairs = self._to_array()
+        starts, ends = pairs[:, 0] // split_alignment, -(-pairs[:, 1] // split_alignment)
+        return _of_array(arrays.merged(np.stack([starts, ends], axis=1) * split_alignment))
+
     def chunk(self, chunk_size: int, check: bool = True) -> list[AttnRanges]:
         """Cut into lists of ``chunk_size`` tokens each, in order; the last may hold fewer. Empty ranges are left out.
 
