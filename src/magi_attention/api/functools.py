@@ -120,7 +120,7 @@ def infer_varlen_mask_from_batch(
 ) -> tuple[Tensor, Tensor]:
     """``(cu_seqlens_q, cu_seqlens_k)`` of a batch of equal lengths: ``[batch_size + 1]`` int32 each.
 
-    ``device`` left out is the current GPU, or the CPU where there is none.
+    ``device`` omitted is the current GPU, or the CPU where there is none.
 
     Raises:
         ValueError: a negative size, or more tokens than int32 counts.

@@ -8,7 +8,8 @@ A row is ``(q0, q1, k0, k1, lo, hi)``: cell ``(i, j)`` is attended when ``q0 <= 
     ....####....   q1        leaves one row of the same kind.
 
 All tables here are ``[n, 6]`` int64 and *tight*: each of a row's queries and keys attends or is attended in it, and ``lo``, ``hi``
-are no wider than the rectangle. A slice that attends nothing has no row. Nothing here loops over rows.
+are no wider than the rectangle. A slice that attends nothing has no row. Only `to_dense`
+loops over rows.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ class AttnPlan:
     ``plan.demand``). ``guests``:
     such a table of q rows, empty unless queries move; ``moved``: ``[num_q_chunks, num_ranks]``, which chunks are computed as
     guests of which ranks,
-    or None. ``ranks_per_node``: given, keys travel in two hops (see ``plan.hierarchy``).
+    or None. ``ranks_per_node``: given, keys travel in two hops (see ``plan.hierarchy``). Threads share a plan: what it works out when asked
+    is kept, never removed, and equal whichever thread worked it out.
     """
 
     mask: AttnMask

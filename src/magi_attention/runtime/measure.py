@@ -69,9 +69,9 @@ def measure_cost_factors(
         num_heads_q, num_heads_kv, head_dim: of the tensors that `calc_attn` will be given.
         cp_group_or_mesh: as for `magi_attn_flex_key`.
         dtype: of those tensors.
-        device: where they are; left out, the current GPU where there is one, else the CPU.
-        num_tokens: rows that are computed with and moved; left out, 8,192 on a GPU and 1,024 elsewhere.
-        overlap_config: whose other fields are kept; left out, one that chooses the number of stages (`AttnOverlapMode.DYNAMIC`).
+        device: where they are; omitted, the current GPU where there is one, the CPU otherwise.
+        num_tokens: rows that are computed with and moved; omitted, 8,192 on a GPU and 1,024 elsewhere.
+        overlap_config: whose other fields are kept; omitted, one that chooses the number of stages (`AttnOverlapMode.DYNAMIC`).
 
     Returns:
         ``overlap_config`` with ``calc_cost_factor`` (of an attended cell, all heads, forward), ``comm_cost_factor`` (of a row of keys and

@@ -64,7 +64,7 @@ def build_library(extra_flags: tuple[str, ...] = ()) -> Path:
 
 
 def find_compiler() -> str:
-    """The C++ compiler: ``$CXX``'s standard meaning is left to the user's PATH.
+    """The C++ compiler: the first of ``COMPILERS`` on the PATH. ``$CXX`` is not read.
 
     Raises:
         BuildError: none is on the PATH.
