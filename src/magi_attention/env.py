@@ -1,26 +1,85 @@
-"""The one module that reads the environment: every variable, its default, and what it may be.
+"""The one module that reads variables of the environment: each one, its default, and what it may be.
 
-Each function reads at the time of the call and hands out a value; nothing else in the package looks at `os.environ`.
+Each function reads at the time of the call and returns a value. Two other files look at `os.environ`, and read no setting of the package:
+`kernels/cpu/build.py` asks where the system keeps caches (XDG_CACHE_HOME), and `testing/dist.py` passes the caller's environment on to
+the ranks that it starts.
 """
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
+import warnings
 
 _PREFIX = "MAGI_ATTENTION_"
 _DSINK_OPS = ("none", "sum", "avg")
+# What MagiAttention calls its kernels, and which of ours serves for each.
+_KERNELS = {"ffa": "auto", "sdpa": "reference", "sdpa_ol": "tiled"}
+_PRECISIONS = ("", "bf16", "fp16", "fp32", "fp64")
+_LOG_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+}
+# Every variable that a function here reads, without the prefix; any other name with the prefix is a mistake.
+VARIABLES = (
+    "SANITY_CHECK",
+    "SDPA_BACKEND",
+    "DETERMINISTIC_MODE",
+    "FORWARD_HIGH_PRECISION_REDUCE",
+    "BACKWARD_HIGH_PRECISION_REDUCE",
+    "DSINK_ALL_REDUCE_OP",
+    "QO_COMM",
+    "HIERARCHICAL_COMM",
+    "DIST_ATTN_RUNTIME_DICT_SIZE",
+    "FFA_FORWARD_SM_MARGIN",
+    "FFA_BACKWARD_SM_MARGIN",
+    "MIN_CHUNKS_PER_RANK",
+    "KERNEL_BACKEND",
+    "PRECISION",
+    "LOG_LEVEL",
+    "BACKEND",
+)
+_is_checked = False
 
 
 def _read(name: str) -> str:
     """What a variable is set to, in lower case; "" where it is not set, or set to nothing."""
+    if not _is_checked:
+        _warn_of_unknown_names()
+    return _value(name)
+
+
+def _value(name: str) -> str:
     return os.environ.get(_PREFIX + name, "").strip().lower()
+
+
+def _warn_of_unknown_names() -> None:
+    """One warning a process for each variable with the prefix that nothing reads."""
+    global _is_checked
+    _is_checked = True
+    for variable in sorted(os.environ):
+        name = variable.removeprefix(_PREFIX)
+        if name == variable or name in VARIABLES:
+            continue
+        closest = difflib.get_close_matches(name.upper(), VARIABLES, n=1, cutoff=0.0)[0]
+        warnings.warn(
+            f"the environment sets {variable}, which nothing reads; the closest variable that is read is {_PREFIX}{closest}. Unset it, or "
+            "correct its name",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _choice(name: str, choices: tuple[str, ...]) -> str:
     """One of ``choices``; the first where the variable is not set."""
     value = _read(name) or choices[0]
     if value not in choices:
-        raise ValueError(f"{_PREFIX}{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{_PREFIX}{name} must be one of {', '.join(filter(None, choices))}, got {value!r}")
     return value
 
 
@@ -48,7 +107,7 @@ def sanity_check() -> bool:
 
 
 def sdpa_backend() -> bool:
-    """SDPA_BACKEND (0): the dense reference computes, in float32 or float64. For debugging."""
+    """SDPA_BACKEND (0): the dense reference computes, in float32 or float64, unless BACKEND or KERNEL_BACKEND is set. For debugging."""
     return _flag("SDPA_BACKEND")
 
 
@@ -73,8 +132,8 @@ def dsink_all_reduce_op() -> str:
 
 
 def qo_comm() -> bool | None:
-    """QO_COMM (by the mask): plans may move queries and outputs instead of keys: 1 wherever that makes fewer bytes, 0 never; left
-    out (None), only for masks of few queries over many keys, where it is plain."""
+    """QO_COMM (by the mask): whether plans move queries and outputs instead of keys. 1: wherever that saves bytes. 0: never. Unset
+    (None): only for masks with few queries over many keys."""
     return _flag("QO_COMM") if _read("QO_COMM") else None
 
 
@@ -103,6 +162,57 @@ def min_chunks_per_rank() -> int:
     return _count("MIN_CHUNKS_PER_RANK", 8, 1)
 
 
+def kernel_backend() -> str | None:
+    """KERNEL_BACKEND (unset): MagiAttention's names of kernels: ffa is BACKEND's auto, sdpa its reference, sdpa_ol its tiled; fa4 is
+    refused. BACKEND wins over it, and it wins over SDPA_BACKEND."""
+    value = _read("KERNEL_BACKEND")
+    if value == "fa4":
+        raise ValueError(
+            f"{_PREFIX}KERNEL_BACKEND is fa4, a kernel that is not in this package; set it to ffa, which takes the fastest kernel here, "
+            "or unset it"
+        )
+    if value and value not in _KERNELS:
+        raise ValueError(f"{_PREFIX}KERNEL_BACKEND must be one of {', '.join(_KERNELS)}, got {value!r}")
+    return _KERNELS[value] if value else None
+
+
 def backend() -> str:
-    """BACKEND (auto): which kernel computes: auto, reference, tiled, cpu, triton, hopper. Checked where kernels are picked."""
-    return _read("BACKEND") or "auto"
+    """BACKEND (auto): which kernel computes: auto, reference, tiled, cpu, triton, hopper. Unset, KERNEL_BACKEND and then SDPA_BACKEND
+    decide. Checked where kernels are picked."""
+    return _read("BACKEND") or kernel_backend() or ("reference" if sdpa_backend() else "auto")
+
+
+def precision() -> str | None:
+    """PRECISION (unset: the inputs' dtype): bf16, fp16, fp32 or fp64, to which q, k and v are cast before attention (and before they
+    travel). Outputs and gradients have the inputs' dtype. Under torch.compile it is read when a graph is made."""
+    return _choice("PRECISION", _PRECISIONS) or None
+
+
+def log_level() -> int | None:
+    """LOG_LEVEL (unset: logging's own): debug, info, warning, error or critical, for the logger "magi_attention". At info it tells of each
+    plan that is made. Read when the package is imported."""
+    value = _value("LOG_LEVEL")  # names are checked later: a program may set others between import and first use
+    if value and value not in _LOG_LEVELS:
+        raise ValueError(f"{_PREFIX}LOG_LEVEL must be one of {', '.join(_LOG_LEVELS)}, got {value!r}")
+    return _LOG_LEVELS[value] if value else None
+
+
+def launcher_int(*names: str, default: int) -> int:
+    """The first of these variables that is set, as torchrun and other launchers set them.
+
+    Raises:
+        ValueError: it is no int.
+    """
+    for name in names:
+        value = os.environ.get(name)
+        if value is not None:
+            try:
+                return int(value)
+            except ValueError:
+                raise ValueError(f"{name} must be an int, as torchrun sets it, got {value!r}") from None
+    return default
+
+
+def launcher_has_address() -> bool:
+    """Whether a launcher has set where the ranks meet (MASTER_ADDR)."""
+    return "MASTER_ADDR" in os.environ

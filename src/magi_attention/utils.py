@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable
@@ -11,8 +10,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# Gloo's threads let go of the last collective's tensors a moment after its wait, and need the interpreter for it. A program that ends
-# right behind `clearup_dist_env` gives them none, and aborts; nothing tells when they are done with what others than this package sent.
+from magi_attention.env import launcher_has_address, launcher_int
+
+# Gloo's threads release the last collective's tensors a moment after its wait, and need the interpreter for it. A program that ends
+# right after `clearup_dist_env` leaves them no interpreter, and aborts. Nothing tells when they have released tensors that other code sent.
 SECONDS_FOR_GLOO = 0.2
 
 
@@ -24,9 +25,9 @@ def setup_dist_env(
     """Join the default process group of the processes that torchrun started; without torchrun, of this process alone.
 
     Args:
-        backend: of torch.distributed; left out, "nccl" where there is a GPU, else "gloo".
-        base_seed: seeds Python's, numpy's and torch's random numbers with ``base_seed + seed_bias(rank)``; left out, none is seeded.
-        seed_bias: what a rank adds to the seed; left out, nothing, so that all ranks draw the same numbers.
+        backend: of torch.distributed; omitted, "nccl" where there is a GPU, "gloo" otherwise.
+        base_seed: seeds Python's, numpy's and torch's random numbers with ``base_seed + seed_bias(rank)``; omitted, none is seeded.
+        seed_bias: what a rank adds to the seed; omitted, nothing, so that all ranks draw the same numbers.
 
     Returns:
         ``(rank, local_rank, world_size, num_nodes, num_local_ranks, world_group, device, seed)``. ``device`` is the index of the
@@ -35,17 +36,18 @@ def setup_dist_env(
     Raises:
         ValueError: a variable of torchrun's that is no int, or ranks without an address to meet at.
     """
-    rank, local_rank, world_size = _int("RANK", default=0), _int("LOCAL_RANK", default=0), _int("WORLD_SIZE", default=1)
+    rank, local_rank = launcher_int("RANK", default=0), launcher_int("LOCAL_RANK", default=0)
+    world_size = launcher_int("WORLD_SIZE", default=1)
     # torchrun sets the first of each; scripts that start ranks by themselves often set the second.
-    num_nodes = _int("GROUP_WORLD_SIZE", "NNODES", default=1)
-    num_local_ranks = _int("LOCAL_WORLD_SIZE", "NPROC_PER_NODE", default=max(1, world_size // num_nodes))
+    num_nodes = launcher_int("GROUP_WORLD_SIZE", "NNODES", default=1)
+    num_local_ranks = launcher_int("LOCAL_WORLD_SIZE", "NPROC_PER_NODE", default=max(1, world_size // num_nodes))
 
     device: int | torch.device = torch.device("cpu")
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         device = torch.cuda.current_device()
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    if "MASTER_ADDR" in os.environ:
+    if launcher_has_address():
         dist.init_process_group(backend=backend, rank=rank, world_size=world_size)
     elif world_size == 1:
         dist.init_process_group(backend=backend, rank=0, world_size=1, store=dist.HashStore())
@@ -72,15 +74,3 @@ def clearup_dist_env() -> None:
         dist.destroy_process_group()
         if has_gloo_threads:
             time.sleep(SECONDS_FOR_GLOO)
-
-
-def _int(*names: str, default: int) -> int:
-    """The first of these variables that is set."""
-    for name in names:
-        value = os.environ.get(name)
-        if value is not None:
-            try:
-                return int(value)
-            except ValueError:
-                raise ValueError(f"{name} must be an int, as torchrun sets it, got {value!r}") from None
-    return default

@@ -159,6 +159,7 @@ def test_a_backend_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("auto", "reference", "tiled", "cpu"):
         monkeypatch.setenv("MAGI_ATTENTION_BACKEND", name)
         outs.append(call(arguments))
+    monkeypatch.delenv("MAGI_ATTENTION_BACKEND")
     monkeypatch.setenv("MAGI_ATTENTION_SDPA_BACKEND", "1")
     outs.append(call(arguments))
     for out in outs[1:]:

@@ -9,6 +9,7 @@ from magi_attention.api.ops import distributed_attn, prepare
 from magi_attention.common.enum import AttnRole
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.functional.ops import as_last_contiguous
+from magi_attention.functional.precision import in_asked_precision
 from magi_attention.runtime import cache, checks
 from magi_attention.runtime.dist_attn import DistributedAttention
 from magi_attention.runtime.group import group_device
@@ -108,6 +109,7 @@ def get_position_ids(key: DistAttnRuntimeKey, *, attn_role: AttnRole = AttnRole.
     return positions.clamp(max=max(session.layout(role).total_seqlen - 1, 0))
 
 
+@in_asked_precision
 def calc_attn(
     q: Tensor,
     k: Tensor,

@@ -11,8 +11,10 @@ from torch import Tensor
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.functional.checks import check_sink, check_tables, check_tensors
 from magi_attention.functional.ops import FlexFlashAttention, flex_flash_attn
+from magi_attention.functional.precision import in_asked_precision
 
 
+@in_asked_precision
 def flex_flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -75,8 +77,9 @@ def flex_flash_attn_func(
         sink_layout: "sh" or "ssh".
         softmax_scale: factor of ``q.k``; None: ``1 / sqrt(d)``.
         softcap: above 0, logits become ``softcap * tanh(logits / softcap)`` after scaling. Sinks are not capped.
-        deterministic: ask for the same bits from the same inputs. Passed on to the kernel; the kernels of this package are
-            deterministic either way. ``MAGI_ATTENTION_DETERMINISTIC_MODE`` asks for it everywhere.
+        deterministic: ask for the same bits from the same inputs. Passed on to the kernel. All kernels give them unasked, except the
+            fused backward of the ``hopper`` backend (sm_90), which adds to dq in the order in which its blocks come; where they are
+            asked for, ``triton``'s backward takes its place. ``MAGI_ATTENTION_DETERMINISTIC_MODE`` asks for them everywhere.
         sm_margin: multiprocessors to leave to others. Not used.
         disable_fwd_atomic_reduction: Not used: no kernel here reduces its forward with atomics.
         disable_bwd_dkv_atomic_reduction: Not used: no kernel here reduces dk and dv with atomics.

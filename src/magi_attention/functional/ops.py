@@ -216,4 +216,4 @@ def as_last_contiguous(x: Tensor) -> Tensor:
 
 
 def _backend(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings) -> Backend:
-    return pick(q, k, v, settings, name="reference" if env.sdpa_backend() else env.backend())
+    return pick(q, k, v, settings, name=env.backend())
