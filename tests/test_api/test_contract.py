@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+import magi_attention
 from magi_attention import api, comm, utils
 from magi_attention.api import functools, magi_attn_interface
 from magi_attention.common import AttnForwardMeta, AttnRange, AttnRanges
 from magi_attention.config import DispatchConfig, DistAttnConfig, OverlapConfig
+from magi_attention.runtime.key import DistAttnRuntimeKey
 
 CONFIG = repr(DistAttnConfig())
 
@@ -29,7 +31,14 @@ SIGNATURES: dict[Callable[..., Any], str] = {
     "is_k_permutable=True, *, layout_key=None)",
     api.make_varlen_key_for_new_mask_after_dispatch: "(cu_seqlens_q, cu_seqlens_k, key_for_dispatch, causal=False, window_size=(-1, -1), "
     "dist_attn_config=None)",
-    api.make_flex_key_for_new_mask_after_dispatch: "(q_ranges, k_ranges, attn_mask_type, key_for_dispatch, dist_attn_config=None)",
+    api.make_flex_key_for_new_mask_after_dispatch: "(q_ranges, k_ranges, attn_mask_type, key_for_dispatch, dist_attn_config=None, *, "
+    "num_heads_q=None, num_heads_kv=None, head_dim=None)",
+    magi_attention.init_dist_attn_runtime_key: "(q_ranges, k_ranges, attn_mask_type, total_seqlen_q, total_seqlen_k, num_heads_q, "
+    "num_heads_kv, head_dim, pad_size, chunk_size, cp_group, cp_mesh, dist_attn_config)",
+    magi_attention.init_dist_attn_runtime_mgr: "(q_ranges, k_ranges, attn_mask_type, total_seqlen_q, total_seqlen_k, num_heads_q, "
+    f"num_heads_kv, head_dim, chunk_size, cp_group, cp_mesh=None, dist_attn_config={CONFIG}, is_same_source=True, is_q_permutable=True, "
+    "is_k_permutable=True, ref_dispatch_meta_q=None, ref_dispatch_meta_k=None)",
+    DistAttnRuntimeKey.bind: "(self, group=None)",
     api.dispatch: "(x, key, pad_value=0.0, *, attn_role=<AttnRole.QUERY: 'query'>)",
     api.undispatch: "(x, key, is_partial_grad=False, *, attn_role=<AttnRole.QUERY: 'query'>)",
     api.calc_attn: "(q, k, v, key, sink=None, softmax_scale=None, softcap=0.0, return_max_logits=False)",
@@ -55,6 +64,7 @@ SIGNATURES: dict[Callable[..., Any], str] = {
     AttnRanges.from_cu_seqlens: "(cu_seqlens, seq_len)",
     AttnRanges.to_cu_seqlens: "(self, seq_len)",
     AttnRanges.to_tensor: "(self, device='cpu')",
+    AttnRanges.merge_with_split_alignment: "(self, split_alignment=1)",
     DispatchConfig: "(chunk_size=None, uneven_shard=False, alg=<factory>)",
     DistAttnConfig: "(dispatch_config=<factory>, overlap_config=<factory>, grpcoll_config=<factory>)",
 }
@@ -64,6 +74,7 @@ LEADING: dict[Callable[..., Any], str] = {
     api.magi_attn_varlen_dispatch: "x",
     api.magi_attn_flex_dispatch: "x",
     api.get_most_recent_key: "cp_group",
+    api.magi_attn_key: "mask, num_heads_q, num_heads_kv, head_dim, *, ",
     api.infer_varlen_mask_from_batch: "batch_size, seq_len, device",
     utils.setup_dist_env: "backend=None, base_seed=None, seed_bias",
     OverlapConfig: "enable=True, mode=<AttnOverlapMode.STATIC: 'static'>, degree=1, dynamic_max_degree=8, min_chunk_size=512, "
@@ -73,12 +84,14 @@ LEADING: dict[Callable[..., Any], str] = {
 # Where programs already written import from: ``module: names``.
 PLACES = {
     "magi_attention.common": "AttnForwardMeta AttnRange AttnRanges",
-    "magi_attention.common.enum": "AttnMaskType AttnOverlapMode AttnRole AttnType DispatchAlgType OverlapAlgType",
+    "magi_attention.common.enum": "AttnMaskType AttnOverlapMode AttnRole AttnType DispatchAlgType OverlapAlgType "
+    "DynamicAttnAlgType MagiAttentionKernelBackend MagiAttentionPrecision GroupReduceOp AttnSinkLayout",
     "magi_attention.functional": "flex_flash_attn_func",
     "magi_attention.functional.flex_flash_attn": "flex_flash_attn_func",
     "magi_attention.api.magi_attn_interface": "magi_attn_varlen_key magi_attn_flex_key magi_attn_varlen_dispatch "
     "magi_attn_flex_dispatch make_varlen_key_for_new_mask_after_dispatch make_flex_key_for_new_mask_after_dispatch dispatch undispatch "
-    "calc_attn roll get_position_ids get_most_recent_key",
+    "calc_attn roll get_position_ids get_most_recent_key magi_attn_key clear_cache roll_simple GeneralAttnMaskType "
+    "DistAttnRuntimeDictManager dist_attn_runtime_dict_mgr",
     "magi_attention.api.functools": "compute_pad_size pad_at_dim unpad_at_dim squash_batch_dim apply_padding "
     "infer_varlen_mask_from_batch infer_attn_mask_from_sliding_window infer_attn_mask_from_cu_seqlens",
     "magi_attention.api": "magi_attn_varlen_key magi_attn_flex_key magi_attn_varlen_dispatch magi_attn_flex_dispatch "
@@ -87,11 +100,15 @@ PLACES = {
     "infer_varlen_mask_from_batch infer_attn_mask_from_sliding_window infer_attn_mask_from_cu_seqlens flex_flash_attn_func AttnMaskType "
     "AttnOverlapMode AttnRanges AttnForwardMeta DistAttnRuntimeKey DistAttnConfig DispatchConfig OverlapConfig MinHeapDispatchAlg "
     "SequentialDispatchAlg SortedSequentialSelectAlg ToppHeapDispatchAlg LBDispatchAlg DPDispatchAlg BSDispatchAlg UniformOverlapAlg "
-    "GreedyOverlapAlg GrpCollConfig clear_cache",
+    "GreedyOverlapAlg GrpCollConfig clear_cache magi_attn_key roll_simple GeneralAttnMaskType DistAttnRuntimeDictManager "
+    "dist_attn_runtime_dict_mgr DispatchAlg OverlapAlg",
     "magi_attention.config": "DistAttnConfig DispatchConfig OverlapConfig GrpCollConfig MinHeapDispatchAlg SequentialDispatchAlg "
-    "SortedSequentialSelectAlg ToppHeapDispatchAlg LBDispatchAlg DPDispatchAlg BSDispatchAlg UniformOverlapAlg GreedyOverlapAlg",
+    "SortedSequentialSelectAlg ToppHeapDispatchAlg LBDispatchAlg DPDispatchAlg BSDispatchAlg UniformOverlapAlg GreedyOverlapAlg "
+    "DispatchAlg OverlapAlg",
     "magi_attention.utils": "setup_dist_env clearup_dist_env",
-    "magi_attention.dist_attn_runtime_mgr": "DistAttnRuntimeKey",
+    "magi_attention.dist_attn_runtime_mgr": "DistAttnRuntimeKey DistAttnRuntimeMgr DistAttnRuntimeDictManager init_dist_attn_runtime_key "
+    "init_dist_attn_runtime_mgr",
+    "magi_attention": "init_dist_attn_runtime_key init_dist_attn_runtime_mgr",
     "magi_attention.comm": "dsink_all_reduce_op",
 }
 

@@ -1,24 +1,42 @@
-"""Where a user's arguments, the environment and the cache meet: the making of keys."""
+"""Where a user's arguments and the environment become a key."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention import env
-from magi_attention.comm import assert_same_plan, tell_refusal
 from magi_attention.config import DistAttnConfig
 from magi_attention.kernels.interface import AttnSettings, Backend
 from magi_attention.kernels.registry import pick
 from magi_attention.mask import AttnMask
-from magi_attention.runtime import cache, checks
+from magi_attention.runtime import checks
+from magi_attention.runtime.group import mesh_of, nodes_of, resolve_group
 from magi_attention.runtime.key import DistAttnRuntimeKey
-from magi_attention.runtime.session import Session, open_session
+from magi_attention.runtime.planned import planned, telling_peers
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Over which ranks a key spreads its mask. ``per_node``: given, rows cross between nodes once. Fields as in `DistAttnRuntimeKey`."""
+
+    group: dist.ProcessGroup | None
+    mesh: DeviceMesh | None
+    per_node: int | None
+
+
+def ranks_of(cp_group_or_mesh: dist.ProcessGroup | DeviceMesh | None) -> Ranks:
+    """The ranks that a user names, and whether the environment asks to mind their nodes. ValueError: see `resolve_group`, `nodes_of`."""
+    group = resolve_group(cp_group_or_mesh)
+    with telling_peers(group):
+        per_node = nodes_of(cp_group_or_mesh) if env.hierarchical_comm() else None
+    return Ranks(group, mesh_of(cp_group_or_mesh), per_node)
 
 
 def make_key(
@@ -27,8 +45,7 @@ def make_key(
     num_heads_kv: int,
     head_dim: int,
     *,
-    group: dist.ProcessGroup | None,
-    ranks_per_node: int | None,
+    ranks: Ranks,
     config: DistAttnConfig,
     pad_size: int | None,
     chunk_size: int | None,
@@ -40,7 +57,7 @@ def make_key(
     companions: tuple[tuple[AttnMask, float], ...] = (),
 ) -> DistAttnRuntimeKey:
     """Check, name, plan (unless the plan is cached) and remember. Arguments as in `magi_attn_flex_key`."""
-    with telling_peers(group):
+    with telling_peers(ranks.group):
         num_heads_q, num_heads_kv, head_dim = checks.check_heads(num_heads_q, num_heads_kv, head_dim)
         if env.sanity_check():
             mask.validate()
@@ -49,9 +66,9 @@ def make_key(
             num_heads_q=num_heads_q,
             num_heads_kv=num_heads_kv,
             head_dim=head_dim,
-            cp_group=group,
+            cp_group=ranks.group,
             config=_with_chunk_size(config, chunk_size),
-            pad_size=(0 if pad_size is None else checks.as_int("pad_size", pad_size)) or None,
+            requested_pad_size=(0 if pad_size is None else checks.as_int("pad_size", pad_size)) or None,
             min_chunks_per_rank=env.min_chunks_per_rank(),
             is_same_source=checks.as_flag("is_same_source", is_same_source),
             is_q_permutable=checks.as_flag("is_q_permutable", is_q_permutable),
@@ -59,46 +76,11 @@ def make_key(
             layout_key=layout_key,
             keeps_dispatch=keeps_dispatch,
             moves_queries=env.qo_comm(),
-            ranks_per_node=ranks_per_node,
+            ranks_per_node=ranks.per_node,
             companions=companions,
+            cp_mesh=ranks.mesh,
         )
-        session = _find_or_open(key)
-        digest = _digest(session) if env.sanity_check() else None
-    if digest is not None:
-        assert_same_plan(digest, group)
-    # The very value that the plan was made for, whose handle compiled code may know.
-    cache.note_most_recent(session.key)
-    return session.key
-
-
-@contextmanager
-def telling_peers(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Under sanity checks, what a rank refuses in here is told to the others, which would else wait for it to compare plans."""
-    try:
-        yield
-    except Exception:
-        if env.sanity_check():
-            tell_refusal(group)
-        raise
-
-
-def _find_or_open(key: DistAttnRuntimeKey) -> Session:
-    session = cache.find_session(key)
-    if session is None:
-        layout_session = None if key.layout_key is None else cache.get_session(key.layout_key)
-        if layout_session is not None and layout_session.key.cp_group is not key.cp_group:
-            raise ValueError("layout_key must be a key of the same cp_group_or_mesh; make one for this group")
-        session = open_session(key, layout_session)
-        cache.put_session(session, env.dist_attn_runtime_dict_size())
-    return session
-
-
-def _digest(session: Session) -> bytes:
-    """Of what the ranks must have in common for their exchanges to fit: the plan, the heads, and how partial results travel."""
-    key = session.key
-    widths = (key.num_heads_q, key.num_heads_kv, key.head_dim)
-    travel = (env.forward_high_precision_reduce(), env.backward_high_precision_reduce(), env.dsink_all_reduce_op())
-    return hashlib.sha256(session.plan.digest() + repr((widths, travel)).encode()).digest()
+    return planned(key)
 
 
 def _with_chunk_size(config: DistAttnConfig, chunk_size: int | None) -> DistAttnConfig:
@@ -121,4 +103,4 @@ def _with_chunk_size(config: DistAttnConfig, chunk_size: int | None) -> DistAttn
 
 def pick_backend(q: Tensor, k: Tensor, v: Tensor, settings: AttnSettings) -> Backend:
     """The kernel for these inputs, as the environment asks."""
-    return pick(q, k, v, settings, name="reference" if env.sdpa_backend() else env.backend())
+    return pick(q, k, v, settings, name=env.backend())

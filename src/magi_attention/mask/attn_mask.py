@@ -206,6 +206,10 @@ class AttnMask:
         lengths_equal = (self.num_q, self.num_k) == (other.num_q, other.num_k)
         return lengths_equal and np.array_equal(self.bands, other.bands)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Through the constructor, which makes the table read-only again.
+        return AttnMask, (self.bands, self.num_q, self.num_k)
+
     def __hash__(self) -> int:
         return hash((self.num_q, self.num_k, self.bands.tobytes()))
 

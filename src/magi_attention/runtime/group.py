@@ -14,6 +14,9 @@ from magi_attention.comm import all_reduce_max
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+# Dimensions of a mesh over which programs spread other things than the sequence.
+_NOT_SEQUENCE = ("dp", "dp_replicate", "dp_shard", "fsdp", "tp", "pp", "ep")
+
 # Groups of meshes, of the world that they were made in: a program may leave its process group and join another.
 _flat_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = WeakKeyDictionary()
 
@@ -25,8 +28,8 @@ def resolve_group(cp_group_or_mesh: dist.ProcessGroup | DeviceMesh | None) -> di
     use, which every rank of the mesh must reach.
 
     Raises:
-        ValueError: another kind of value, a mesh of more axes, a group without torch.distributed being initialised, or one that this rank
-            is not in.
+        ValueError: another kind of value, a mesh of more axes or with an axis that is named for data, tensor, pipeline or expert
+            parallelism, a group without torch.distributed being initialised, or one that this rank is not in.
     """
     if not dist.is_available() or not dist.is_initialized():
         if cp_group_or_mesh is None:
@@ -43,6 +46,8 @@ def resolve_group(cp_group_or_mesh: dist.ProcessGroup | DeviceMesh | None) -> di
         return cp_group_or_mesh
     from torch.distributed.device_mesh import DeviceMesh
 
+    if isinstance(cp_group_or_mesh, DeviceMesh):
+        _check_axes(cp_group_or_mesh)
     if isinstance(cp_group_or_mesh, DeviceMesh) and cp_group_or_mesh.ndim in (1, 2):
         if cp_group_or_mesh.get_coordinate() is None:
             raise _not_a_member(cp_group_or_mesh)
@@ -51,6 +56,24 @@ def resolve_group(cp_group_or_mesh: dist.ProcessGroup | DeviceMesh | None) -> di
         f"cp_group_or_mesh must be a ProcessGroup, a 1-D or 2-D DeviceMesh or None, got {cp_group_or_mesh!r}; of a mesh with more "
         "axes, pass the slice over which the sequence is spread, such as mesh['cp']"
     )
+
+
+def mesh_of(cp_group_or_mesh: dist.ProcessGroup | DeviceMesh | None) -> DeviceMesh | None:
+    """The mesh, where one is passed."""
+    return None if cp_group_or_mesh is None or isinstance(cp_group_or_mesh, dist.ProcessGroup) else cp_group_or_mesh
+
+
+def _check_axes(mesh: DeviceMesh) -> None:
+    """ValueError where the names of the mesh's axes say that its ranks do not all share one sequence."""
+    names = mesh.mesh_dim_names or ()
+    others = [name for name in names if name in _NOT_SEQUENCE]
+    if others:
+        left = ", ".join(repr(name) for name in names if name not in _NOT_SEQUENCE)
+        submesh = f"mesh[{left}]" if left else "mesh['cp'] of the mesh that this one is part of"
+        raise ValueError(
+            f"cp_group_or_mesh must be a mesh over whose ranks one sequence is spread, got one with the axes {names}, of which "
+            f"{', '.join(others)} spread other things; pass the submesh for the sequence, such as {submesh}"
+        )
 
 
 def _not_a_member(group: object) -> ValueError:

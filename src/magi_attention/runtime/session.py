@@ -20,7 +20,11 @@ from magi_attention.runtime.key import DistAttnRuntimeKey
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """A key, its plan, and caches of what kernels and collectives derive from it. ``derived``: keyed by who derives."""
+    """A key, its plan, and caches of what kernels and collectives derive from it. ``derived``: keyed by who derives.
+
+    Threads share a session. What is derived is never removed, and equal whoever derives it, so two threads that derive the same at once
+    lose time and nothing else.
+    """
 
     key: DistAttnRuntimeKey
     plan: AttnPlan
@@ -81,7 +85,12 @@ def open_session(key: DistAttnRuntimeKey, layout_session: Session | None) -> Ses
     if key.companions:
         masks, weights = zip(*key.companions, strict=True)
         q_layout = joint_layout(
-            masks, weights, key.cp_size, key.config, pad_size=key.pad_size, min_chunks_per_rank=key.min_chunks_per_rank
+            masks,
+            weights,
+            key.cp_size,
+            key.config,
+            pad_size=key.requested_pad_size,
+            min_chunks_per_rank=key.min_chunks_per_rank,
         )
     plan = build_plan(
         key.mask,
@@ -90,7 +99,7 @@ def open_session(key: DistAttnRuntimeKey, layout_session: Session | None) -> Ses
         is_same_source=key.is_same_source,
         is_q_permutable=key.is_q_permutable,
         is_k_permutable=key.is_k_permutable,
-        pad_size=key.pad_size,
+        pad_size=key.requested_pad_size,
         min_chunks_per_rank=key.min_chunks_per_rank,
         q_layout=q_layout,
         k_layout=k_layout,
