@@ -4,22 +4,25 @@ What a program calls is in `magi_attention.api`; one device alone needs no more 
 """
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from magi_attention import env
 
 __version__ = "0.1.0"
+__all__ = ["init_dist_attn_runtime_key", "init_dist_attn_runtime_mgr"]
 
-# Kept for programs already written. Imported when asked for: the package alone imports no torch.
-_KEPT = ("init_dist_attn_runtime_key", "init_dist_attn_runtime_mgr")
+if TYPE_CHECKING:
+    from magi_attention.dist_attn_runtime_mgr import init_dist_attn_runtime_key, init_dist_attn_runtime_mgr
+else:
+    # Kept for programs already written. Imported when asked for: the package alone imports no torch.
+    _KEPT = ("init_dist_attn_runtime_key", "init_dist_attn_runtime_mgr")
 
+    def __getattr__(name: str) -> Any:
+        if name in _KEPT:
+            from magi_attention import dist_attn_runtime_mgr
 
-def __getattr__(name: str) -> Any:
-    if name in _KEPT:
-        from magi_attention import dist_attn_runtime_mgr
-
-        return getattr(dist_attn_runtime_mgr, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return getattr(dist_attn_runtime_mgr, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _configure_logging() -> None:

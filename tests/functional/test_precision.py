@@ -1,17 +1,22 @@
-"""MAGI_ATTENTION_PRECISION: attention computes in the dtype that it names; results and gradients keep the inputs' dtypes."""
+"""MAGI_ATTENTION_PRECISION: attention computes in the dtype that it names; results and gradients keep the inputs' dtypes.
+
+And MAGI_ATTENTION_KERNEL_BACKEND: which kernel computes.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from magi_attention.api import calc_attn, magi_attn_key
+from magi_attention.api import calc_attn, dispatch, magi_attn_key
 from magi_attention.common import AttnForwardMeta
 from magi_attention.functional import flex_flash_attn_func
 from magi_attention.mask import causal
+from magi_attention.testing.dist import shared_pool
 
 TOTAL, HEADS, KV_HEADS, HEAD_DIM = 24, 4, 2, 16
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -72,6 +77,38 @@ def test_float64_inside_is_float64(attend: Attend, monkeypatch: pytest.MonkeyPat
     exact = attend(*(x.double() for x in tensors[:3]), tensors[3])[0]
     monkeypatch.setenv("MAGI_ATTENTION_PRECISION", "fp64")
     assert torch.equal(attend(*tensors)[0], exact.float())
+
+
+def check_on_ranks() -> None:
+    key = magi_attn_key(causal(TOTAL), HEADS, KV_HEADS, HEAD_DIM, chunk_size=3)
+    q, k, v, sink = inputs(torch.float32)
+    out, meta = calc_attn(*(dispatch(x, key) for x in (q, k, v)), key, sink=sink)
+    os.environ["MAGI_ATTENTION_PRECISION"] = ""
+    exact, exact_meta = calc_attn(*(dispatch(x.double(), key) for x in (q, k, v)), key, sink=sink)
+    assert torch.equal(out, exact.float())
+    assert meta.lse is not None and exact_meta.lse is not None
+    assert torch.equal(meta.lse, exact_meta.lse.float())
+
+
+def test_on_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAGI_ATTENTION_PRECISION", "fp64")
+    shared_pool().run(check_on_ranks, num_ranks=3)
+
+
+@pytest.mark.parametrize("attend", [flex, spread])
+@pytest.mark.parametrize(("name", "backend"), [("sdpa", "reference"), ("sdpa_ol", "tiled"), ("ffa", "auto")])
+def test_kernels_by_their_other_names(attend: Attend, name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = inputs(torch.bfloat16)
+    monkeypatch.setenv("MAGI_ATTENTION_BACKEND", backend)
+    expected, expected_grads = run(attend, tensors)
+    monkeypatch.delenv("MAGI_ATTENTION_BACKEND")
+    monkeypatch.setenv("MAGI_ATTENTION_KERNEL_BACKEND", name)
+    results, grads = run(attend, tensors)
+    for actual, wanted in zip([*results, *grads], [*expected, *expected_grads], strict=True):
+        assert torch.equal(actual, wanted)
+    monkeypatch.setenv("MAGI_ATTENTION_KERNEL_BACKEND", "fa4")
+    with pytest.raises(ValueError, match="KERNEL_BACKEND is fa4"):
+        attend(*tensors)
 
 
 @pytest.mark.parametrize("attend", [flex, spread])

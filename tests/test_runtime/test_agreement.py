@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 import time
 from typing import Any
@@ -89,7 +90,13 @@ def check_disagreement() -> None:
     os.environ["MAGI_ATTENTION_FORWARD_HIGH_PRECISION_REDUCE"] = str(int(is_odd))
     assert "rank(s) 1 differ" in message_of(magi_attn_flex_key, **GOOD)
     os.environ["MAGI_ATTENTION_FORWARD_HIGH_PRECISION_REDUCE"] = "0"
-    assert magi_attn_flex_key(**GOOD) == base
+    os.environ["MAGI_ATTENTION_PRECISION"] = "fp32" if is_odd else "bf16"
+    assert "rank(s) 1 differ" in message_of(magi_attn_flex_key, **GOOD)
+    os.environ["MAGI_ATTENTION_PRECISION"] = ""
+    unbound = pickle.loads(pickle.dumps(base))
+    others = pickle.loads(pickle.dumps(magi_attn_flex_key(**{**GOOD, "head_dim": 16})))
+    assert "rank(s) 1 differ" in message_of((others if is_odd else unbound).bind)
+    assert unbound.bind() is magi_attn_flex_key(**GOOD) is base
 
 
 def refuse_alone() -> float:

@@ -87,8 +87,8 @@ def _find_or_open(key: DistAttnRuntimeKey) -> Session:
 
 
 def _digest(session: Session) -> bytes:
-    """Of what the ranks must have in common for their exchanges to fit: the plan, the heads, and how partial results travel."""
+    """Of what the ranks must have in common for their exchanges to fit: the plan, the heads, and in which dtypes rows travel."""
     key = session.key
     widths = (key.num_heads_q, key.num_heads_kv, key.head_dim)
-    travel = (env.forward_high_precision_reduce(), env.backward_high_precision_reduce(), env.dsink_all_reduce_op())
-    return hashlib.sha256(session.plan.digest() + repr((widths, travel)).encode()).digest()
+    travel = (env.forward_high_precision_reduce(), env.backward_high_precision_reduce(), env.precision())
+    return hashlib.sha256(session.plan.digest() + repr((widths, travel, env.dsink_all_reduce_op())).encode()).digest()
