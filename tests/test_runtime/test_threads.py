@@ -21,6 +21,7 @@ from magi_attention.api import (
 )
 from magi_attention.mask import causal
 from magi_attention.plan import build_plan
+from magi_attention.runtime import cache
 
 NUM_THREADS = 4
 
@@ -77,6 +78,18 @@ def test_a_small_cache_under_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal_of_use(16) is None
 
 
+def test_look_ups_among_evictions() -> None:
+    sessions = [cache.get_session(make_key(length)) for length in (16, 17, 18)]
+
+    def work(number: int) -> None:
+        for at in range(20_000):
+            cache.put_session(sessions[(number + at) % 3], 1)
+            found = cache.find_session(sessions[number % 3].key)
+            assert found is None or found is sessions[number % 3]
+
+    in_threads(work)
+
+
 def refusal_of_use(length: int) -> str | None:
     try:
         key = make_key(length)
@@ -130,8 +143,6 @@ def test_threads_that_share_a_plan_find_its_parts() -> None:
 
 def test_a_destructor_may_clear_the_cache() -> None:
     """The garbage collector runs in whichever thread holds the lock, so the lock is re-entrant."""
-    from magi_attention.runtime import cache
-
     with cache._lock:
         clear_cache()
     with pytest.raises(ValueError, match="no key was made"):
