@@ -6,6 +6,8 @@
     lists   what a mask that is new costs before its first kernel: work lists made on the device, and on the host
     rows    the kernels that gather, sum and merge rows of an exchange, as a share of the speed of a copy
 
+Host time of eager calls beside another version, also on a CPU: ``benchmarks/host_time.py``.
+
 Medians. ``--csv`` writes all rows of the tables asked for.
 """
 
