@@ -278,8 +278,11 @@ def test_dense_as_programs_hold_it() -> None:
         (lambda: AttnMask.dilated_blocks(5, 1, 2).to_cu_seqlens(), "query 2 attends 2 keys among \\[0, 3\\)"),
         (lambda: AttnMask.from_json("{"), "no JSON"),
         (lambda: AttnMask.from_json("{}"), "to_json writes"),
-        (lambda: AttnMask.from_json(AttnMask.full(3).to_json().replace("3", "2.5")), "ints"),
-        (lambda: AttnMask.from_json(AttnMask.full(3).to_json().replace('"num_q":3', '"num_q":2')), "q_range 0"),
+        (lambda: AttnMask.from_json(AttnMask.full(3).to_json().replace("3", "2.5")), "num_q must be an int"),
+        (
+            lambda: AttnMask.from_json(AttnMask.full(3).to_json().replace('"num_q":3', '"num_q":2')),
+            "row 0 .* inside its 2 queries",
+        ),
     ],
 )
 def test_mistakes_are_told(convert: Callable[[], object], complaint: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from magi_attention.common import AttnRange, AttnRanges
 from magi_attention.common.enum import AttnMaskType, to_mask_types
 from magi_attention.mask.bands import Ints
-from magi_attention.mask.inputs import check_length
+from magi_attention.mask.inputs import as_cu_seqlens, check_size, ranges_of
 from magi_attention.mask.window import check_window, window_slices
 from magi_attention.plan.layout import padded_length
 
@@ -186,9 +186,12 @@ def infer_attn_mask_from_cu_seqlens(
         raise ValueError(
             f"causal=True and window_size={window} exclude each other; a causal window is causal=False with window_size=(left, 0)"
         )
-    num_global = check_length(global_window_size, "global_window_size")
-    q_pairs, total_q = _as_samples(cu_seqlens_q, "cu_seqlens_q")
-    k_pairs, total_k = _as_samples(cu_seqlens_k, "cu_seqlens_k")
+    num_global = check_size(global_window_size, "global_window_size")
+    edges_q, edges_k = (
+        as_cu_seqlens(edges, name, is_batch_of_one=False)
+        for edges, name in ((cu_seqlens_q, "cu_seqlens_q"), (cu_seqlens_k, "cu_seqlens_k"))
+    )
+    q_pairs, k_pairs = ranges_of(edges_q), ranges_of(edges_k)
     if len(q_pairs) != len(k_pairs):
         raise ValueError(
             f"cu_seqlens_q and cu_seqlens_k must be of equally many samples, got {len(q_pairs)} and {len(k_pairs)}"
@@ -198,7 +201,7 @@ def infer_attn_mask_from_cu_seqlens(
         slices = _as_public(q_pairs, k_pairs, np.full(len(q_pairs), kind.to_int_type()))
     else:
         slices = _as_public(*window_slices(q_pairs, k_pairs, window, num_global))
-    return *slices, total_q, total_k
+    return *slices, int(edges_q[-1]), int(edges_k[-1])
 
 
 def _as_public(q_ranges: Ints, k_ranges: Ints, types: Ints) -> tuple[AttnRanges, AttnRanges, list[AttnMaskType]]:
@@ -207,14 +210,3 @@ def _as_public(q_ranges: Ints, k_ranges: Ints, types: Ints) -> tuple[AttnRanges,
         AttnRanges.from_ranges(k_ranges.tolist()),
         [_MASK_TYPES[kind] for kind in types.tolist()],
     )
-
-
-def _as_samples(cu_seqlens: Sequence[int] | Tensor, name: str) -> tuple[Ints, int]:
-    """``[num_samples, 2]`` token ranges of cumulative lengths, and their total."""
-    ends = np.asarray(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
-    if ends.ndim != 1 or not len(ends) or ends.dtype.kind not in "iu" or ends[0] != 0 or (np.diff(ends) < 0).any():
-        raise ValueError(
-            f"{name} must be cumulative lengths in tokens: one axis of ints that starts at 0 and never descends, got {cu_seqlens}"
-        )
-    pairs: Ints = np.stack([ends[:-1], ends[1:]], axis=1).astype(np.int64)
-    return pairs, int(ends[-1])

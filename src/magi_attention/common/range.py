@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from operator import index
 from typing import TypeAlias
 
+# The largest bound of a range on either side of 0, in tokens: sums over millions of ranges stay within int64.
+MOST_TOKENS_OF_RANGE = 1 << 40
+
 
 class RangeError(ValueError):
     """Bounds that are no range."""
@@ -18,16 +21,13 @@ class AttnRange:
     that ``start <= end``; `check_valid` checks it again. Whether a range lies inside a sequence is for the mask to check.
 
     Raises:
-        RangeError: bounds that are not ints, or ``start > end``.
+        RangeError: bounds that are not ints or lie beyond 2^40 on either side of 0, or ``start > end``.
     """
 
     __slots__ = ("_end", "_start")
 
     def __init__(self, start: int, end: int) -> None:
-        try:
-            self._start, self._end = index(start), index(end)
-        except TypeError:
-            raise RangeError(f"a range must have two ints as bounds, got start={start!r}, end={end!r}") from None
+        self._start, self._end = _as_bound(start, "start"), _as_bound(end, "end")
         if self._start > self._end:
             raise RangeError(f"a range must satisfy start <= end, got start={start}, end={end}")
 
@@ -38,7 +38,7 @@ class AttnRange:
 
     @start.setter
     def start(self, start: int) -> None:
-        self._start = index(start)
+        self._start = _as_bound(start, "start")
 
     @property
     def end(self) -> int:
@@ -47,7 +47,7 @@ class AttnRange:
 
     @end.setter
     def end(self, end: int) -> None:
-        self._end = index(end)
+        self._end = _as_bound(end, "end")
 
     @property
     def seqlen(self) -> int:
@@ -155,6 +155,18 @@ class AttnRange:
 
     def __repr__(self) -> str:
         return f"[{self._start}, {self._end})"
+
+
+def _as_bound(bound: int, name: str) -> int:
+    try:
+        number = index(bound)
+    except TypeError:
+        raise RangeError(f"a range must have two ints as bounds, got {name}={bound!r}") from None
+    if isinstance(bound, bool) or not -MOST_TOKENS_OF_RANGE <= number <= MOST_TOKENS_OF_RANGE:
+        raise RangeError(
+            f"the bounds of a range must be ints of at most 2^40 ({MOST_TOKENS_OF_RANGE:,}) on either side of 0, got {name}={bound!r}"
+        )
+    return number
 
 
 NaiveRange: TypeAlias = tuple[int, int] | list[int]

@@ -58,6 +58,7 @@ class AttnRanges:
             ValueError: they do not begin at 0, ascend, and end at ``seq_len``.
         """
         check_valid_cu_seqlens(cu_seqlens, seq_len)
+        cu_seqlens = _as_list(cu_seqlens)
         return _of([AttnRange(start, end) for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)])
 
     def to_naive_ranges(self) -> list[tuple[int, int]]:
@@ -369,6 +370,7 @@ RangesType: TypeAlias = AttnRanges | NaiveRanges
 
 def is_valid_cu_seqlens(cu_seqlens: Sequence[int], seq_len: int) -> bool:
     """Whether cumulative lengths begin at 0, ascend strictly and end at ``seq_len``; an empty list does."""
+    cu_seqlens = _as_list(cu_seqlens)
     if len(cu_seqlens) == 0:
         return True
     ascends = all(a < b for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False))
@@ -379,6 +381,12 @@ def check_valid_cu_seqlens(cu_seqlens: Sequence[int], seq_len: int) -> None:
     """ValueError unless `is_valid_cu_seqlens`."""
     if not is_valid_cu_seqlens(cu_seqlens, seq_len):
         raise ValueError(f"cu_seqlens must begin at 0, ascend strictly and end at seq_len={seq_len}, got {cu_seqlens}")
+
+
+def _as_list(values: Sequence[int]) -> Sequence[int]:
+    """Of an array or a tensor, whose type may not be one that can be compared, Python's own ints."""
+    result: Sequence[int] = values.tolist() if hasattr(values, "tolist") else values
+    return result
 
 
 def _of(ranges: list[AttnRange]) -> AttnRanges:

@@ -14,12 +14,10 @@ from magi_attention.common.enum import AttnMaskType
 from magi_attention.mask import bands as band_table
 from magi_attention.mask import builders, cells, columns, combine, documents, draw, serial
 from magi_attention.mask.bands import Ints
-from magi_attention.mask.inputs import as_ints, as_pairs, check_length
+from magi_attention.mask.inputs import MOST_TOKENS, as_array, as_ints, as_pairs, check_length
 from magi_attention.mask.simplify import simplify as _simplify
 
 _SHADES = " ░▒▓█"
-# Ranges of slices are int32 in every kernel, and up to here the cells of a mask can be counted in int64.
-_MOST_TOKENS = (1 << 31) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +25,8 @@ class AttnMask:
     """A frozen, hashable attention mask.
 
     ``bands``: ``[n, 6]`` int64, tight rows (see ``mask.bands``), read-only. ``num_q``, ``num_k``: lengths in tokens. Queries that no row
-    holds attend nothing. Lengths are below 2^31, as int32 ranges have it; a longer one is a ValueError.
+    holds attend nothing. Lengths are below 2^31, as int32 ranges have it; a longer one is a ValueError, as is a number of a row
+    beyond that, on either side of 0: a tight row has none.
 
     Two masks are equal when their tables and lengths are: the same cells cut differently are different values.
     """
@@ -37,12 +36,18 @@ class AttnMask:
     num_k: int
 
     def __post_init__(self) -> None:
-        if max(self.num_q, self.num_k) > _MOST_TOKENS:
+        for name in ("num_q", "num_k"):
+            object.__setattr__(self, name, check_length(getattr(self, name), name))
+        table = as_array(self.bands, "bands")
+        if table.size and (table.dtype.kind not in "iu" or max(-int(table.min()), int(table.max())) > MOST_TOKENS):
             raise ValueError(
-                f"a mask is of up to {_MOST_TOKENS:,} queries and keys, which is what int32 ranges reach; got {self.num_q:,} queries "
-                f"and {self.num_k:,} keys"
+                "bands must be tight rows of six ints (q0, q1, k0, k1, lo, hi), none beyond "
+                f"{MOST_TOKENS:,} on either side of 0, got {table.dtype} from {table.min()} to {table.max()}; for rows that bound "
+                "nothing on one side, use slices (from_slices) or give the rectangle's own bound"
             )
-        table = np.ascontiguousarray(self.bands, dtype=np.int64).reshape(-1, 6)
+        if table.size % 6 or (table.size and table.shape[-1] != 6):
+            raise ValueError(f"bands must be rows of six ints, shape [n, 6], got shape {list(table.shape)}")
+        table = np.ascontiguousarray(table, dtype=np.int64).reshape(-1, 6)
         if table is self.bands or table.base is not None:
             table = table.copy()
         table.setflags(write=False)
@@ -119,7 +124,7 @@ class AttnMask:
     @property
     def area(self) -> int:
         """Attended cells."""
-        return int(band_table.area(self.bands).sum())
+        return band_table.num_cells(self.bands)
 
     @property
     def sparsity(self) -> float:

@@ -99,6 +99,13 @@ def area(bands: Ints) -> Ints:
     return result
 
 
+def num_cells(bands: Ints) -> int:
+    """Attended cells of all rows, those that two rows list counted twice: exact, whatever its size."""
+    cells = area(bands)
+    is_safe = not len(cells) or int(cells.max()) <= np.iinfo(np.int64).max // len(cells)
+    return int(cells.sum()) if is_safe else sum(cells.tolist())
+
+
 def _sum_range(start: Ints, end: Ints) -> Ints:
     result: Ints = (end - start) * (start + end - 1) // 2
     return result

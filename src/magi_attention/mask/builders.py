@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from magi_attention.mask.bands import CAUSAL, FULL, Ints, bands_from_slices, expand, tighten
-from magi_attention.mask.inputs import as_cu_seqlens, as_ints, as_lengths, as_pairs, check_length, ranges_of
+from magi_attention.mask.inputs import (
+    as_cu_seqlens,
+    as_ints,
+    as_lengths,
+    as_pairs,
+    check_length,
+    check_size,
+    ranges_of,
+)
 from magi_attention.mask.window import check_window, window_bands
 
 if TYPE_CHECKING:
@@ -81,7 +89,7 @@ def varlen(
             f"causal=True is the window (-1, 0): give one of the two, got window_size={window}. For a causal window of w keys, "
             "give window_size=(w - 1, 0)"
         )
-    num_global = check_length(num_global, "num_global")
+    num_global = check_size(num_global, "num_global")
     num_q, num_k = int(edges_q[-1]), int(edges_k[-1])
     if window == (-1, -1):
         return _of_ranges(ranges_of(edges_q), ranges_of(edges_k), CAUSAL if causal else FULL, num_q, num_k)
@@ -112,7 +120,7 @@ def sliding_window(
             ``right`` is.
     """
     num_q, num_k = _lengths(num_q, num_k)
-    num_global = check_length(num_global, "num_global")
+    num_global = check_size(num_global, "num_global")
     window = check_window(window_size)
     q_range, k_range = np.array([[0, num_q]]), np.array([[0, num_k]])
     if not global_queries:
@@ -155,13 +163,13 @@ def varlen_block_causal(cu_seqlens: Any, block_size: int, *, num_blocks: int | N
         num_blocks: how many blocks a query attends, its own among them; left out, all up to its own.
     """
     edges = as_cu_seqlens(cu_seqlens, "cu_seqlens")
-    block_size = check_length(block_size, "block_size", 1)
+    block_size = check_size(block_size, "block_size", 1)
     document, block = _blocks_of(edges, block_size)
     q0 = edges[document] + block * block_size
     q1 = np.minimum(q0 + block_size, edges[document + 1])
     k0 = edges[document]
     if num_blocks is not None:
-        k0 = np.maximum(k0, q0 - (check_length(num_blocks, "num_blocks", 1) - 1) * block_size)
+        k0 = np.maximum(k0, q0 - (check_size(num_blocks, "num_blocks", 1) - 1) * block_size)
     return _rectangles(q0, q1, k0, q1, int(edges[-1]))
 
 
@@ -177,7 +185,7 @@ def chunked_causal(num_tokens: int, chunk_size: int, cu_seqlens: Any = None) -> 
     Args:
         cu_seqlens: documents, from whose beginnings chunks are counted; left out, one document of all tokens.
     """
-    num_tokens, chunk_size = check_length(num_tokens, "num_tokens"), check_length(chunk_size, "chunk_size", 1)
+    num_tokens, chunk_size = check_length(num_tokens, "num_tokens"), check_size(chunk_size, "chunk_size", 1)
     edges = as_cu_seqlens([0, num_tokens] if cu_seqlens is None else cu_seqlens, "cu_seqlens")
     if edges[-1] != num_tokens:
         raise ValueError(f"cu_seqlens must end at num_tokens, {num_tokens}, got {int(edges[-1])}")
@@ -202,10 +210,10 @@ def dilated_blocks(
         num_blocks: how many blocks a query attends on each side, its own among them; left out, as many as there are.
         causal: only earlier blocks, and a query's own block up to itself; else both sides alike.
     """
-    num_tokens, block_size = check_length(num_tokens, "num_tokens"), check_length(block_size, "block_size", 1)
-    dilation = check_length(dilation, "dilation", 1)
+    num_tokens, block_size = check_length(num_tokens, "num_tokens"), check_size(block_size, "block_size", 1)
+    dilation = check_size(dilation, "dilation", 1)
     count = -(-num_tokens // block_size)
-    most = -(-count // dilation) if num_blocks is None else check_length(num_blocks, "num_blocks", 1)
+    most = -(-count // dilation) if num_blocks is None else check_size(num_blocks, "num_blocks", 1)
     steps = np.arange(min(most, -(-count // dilation))) * dilation  # block distances backwards
     steps = steps if causal else np.union1d(-steps, steps)
     if block_size == 1:
@@ -234,8 +242,8 @@ def strided_blocks(num_tokens: int, block_size: int, stride: int) -> AttnMask:
     ..###.
     ..####
     """
-    num_tokens, block_size = check_length(num_tokens, "num_tokens"), check_length(block_size, "block_size", 1)
-    stride = check_length(stride, "stride", 1)
+    num_tokens, block_size = check_length(num_tokens, "num_tokens"), check_size(block_size, "block_size", 1)
+    stride = check_size(stride, "stride", 1)
     starts = np.arange(0, num_tokens, block_size)
     ranges = np.stack([starts, np.minimum(starts + block_size, num_tokens)], axis=1)
     own = bands_from_slices(ranges, ranges, np.full(len(ranges), CAUSAL))

@@ -10,7 +10,7 @@ from magi_attention.mask.bands import Ints, tighten
 from magi_attention.mask.builders import make_mask
 from magi_attention.mask.cells import chain_runs
 from magi_attention.mask.combine import transpose_bands
-from magi_attention.mask.inputs import as_array, check_length
+from magi_attention.mask.inputs import as_bounds, check_length
 from magi_attention.mask.simplify import merge_bands
 
 if TYPE_CHECKING:
@@ -40,18 +40,18 @@ def from_startend_row_indices(indices: Any, num_q: int | None = None, *, causal:
     Raises:
         ValueError: another shape, among them one that differs between batches or heads.
     """
-    array = as_array(indices, "indices")
+    array = as_bounds(indices, "indices")
     while array.ndim > 2 and array.shape[0] == 1:
         array = array[0]
     columns = (1, 2) if causal else (2, 4)
-    if array.ndim != 2 or array.shape[1] not in columns or array.dtype.kind not in "iu":
+    if array.ndim != 2 or array.shape[1] not in columns:
         raise ValueError(
             f"indices must be ints of shape [num_k, {columns[0]}] or [num_k, {columns[1]}] with causal={causal}, got shape "
-            f"{list(array.shape)} of {array.dtype}; bounds that differ between batches or heads are one mask for each of them"
+            f"{list(array.shape)}; bounds that differ between batches or heads are one mask for each of them"
         )
     num_k = len(array)
     num_q = num_k if num_q is None else check_length(num_q, "num_q")
-    bounds = np.clip(array.astype(np.int64), 0, num_q)
+    bounds = np.clip(array, 0, num_q)
     # Neighbours of the same bounds are told together.
     first = np.flatnonzero(np.append(True, (np.diff(bounds, axis=0) != 0).any(axis=1))[:num_k])
     group, q0, q1 = _seen_queries(bounds[first], num_q, causal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from magi_attention.mask import bands as band_table
 from magi_attention.mask.bands import K0, K1, Q0, Q1, Ints, expand, tighten
 from magi_attention.mask.builders import make_mask
-from magi_attention.mask.inputs import as_array
+from magi_attention.mask.inputs import MOST_TOKENS, as_bounds
 
 if TYPE_CHECKING:
     from magi_attention.mask.attn_mask import AttnMask
@@ -70,7 +71,11 @@ def shift(mask: AttnMask, q_by: int, k_by: int, num_q: int | None = None, num_k:
 
     Args:
         num_q, num_k: the new lengths; left out, the old ones moved along (``num_q + q_by``). What leaves them is dropped.
+
+    Raises:
+        ValueError: a step that is no int, or longer than any mask.
     """
+    q_by, k_by = _as_step(q_by, "q_by"), _as_step(k_by, "k_by")
     num_q = max(mask.num_q + q_by, 0) if num_q is None else num_q
     num_k = max(mask.num_k + k_by, 0) if num_k is None else num_k
     moved = band_table.shift(mask.bands, q_by, k_by)
@@ -123,12 +128,22 @@ def intersect_bands(first: Ints, second: Ints) -> Ints:
 def _as_intervals(ranges: Any, name: str) -> Ints:
     if hasattr(ranges, "to_naive_ranges"):
         ranges = ranges.to_naive_ranges()
-    pairs = as_array(ranges, name).astype(np.int64)
+    pairs = as_bounds(ranges, name)
     pairs = pairs.reshape(1, -1) if pairs.ndim == 1 and pairs.size else pairs.reshape(-1, 2)
     starts, ends = pairs.T
     if (starts > ends).any() or (ends[:-1] > starts[1:]).any():
         raise ValueError(f"{name} must be a pair (start, end) or disjoint ascending pairs, got {pairs.tolist()[:8]}")
     return pairs[starts < ends]
+
+
+def _as_step(step: int, name: str) -> int:
+    try:
+        number = index(step)
+    except TypeError:
+        number = MOST_TOKENS + 1
+    if abs(number) > MOST_TOKENS:
+        raise ValueError(f"{name} must be an int of at most {MOST_TOKENS:,} tokens to either side, got {step!r}")
+    return number
 
 
 def _check_lengths(masks: Sequence[AttnMask]) -> None:

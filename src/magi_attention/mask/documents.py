@@ -28,7 +28,7 @@ def from_document_ids(document_ids: Any, *, causal: bool = True, padding_id: int
         padding_id: tokens of this id attend nothing and are attended by nothing; None: there are none.
     """
     ids = as_ints(document_ids, "document_ids")
-    starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1)) if len(ids) else np.empty(0, np.int64)
+    starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1])[: len(ids)])
     ends = np.append(starts[1:], len(ids))[: len(starts)]
     run_id = ids[starts]
     if padding_id is not None:

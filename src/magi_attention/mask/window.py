@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.mask.bands import BICAUSAL, CAUSAL, FULL, INVCAUSAL, Ints, tighten
+from magi_attention.mask.inputs import MOST_TOKENS
 
 Flags = NDArray[np.bool_]
 
@@ -74,7 +75,7 @@ class _Cut:
 
 
 def check_window(window_size: Sequence[int]) -> tuple[int, int]:
-    """``window_size`` as a tuple.
+    """``window_size`` as a tuple; sides beyond ``MOST_TOKENS``, which bound nothing either, become that.
 
     Raises:
         ValueError: anything but two ints of -1 or more.
@@ -85,7 +86,7 @@ def check_window(window_size: Sequence[int]) -> tuple[int, int]:
             "window_size must be two ints (left, right): how many keys a query sees on either side of its own, -1 for all; got "
             f"{window_size!r}"
         )
-    return int(window[0]), int(window[1])
+    return min(int(window[0]), MOST_TOKENS), min(int(window[1]), MOST_TOKENS)
 
 
 def window_slices(
