@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from magi_attention.mask.attn_mask import AttnMask
 from magi_attention.mask.bands import Ints, area, split_k, split_q
 from magi_attention.mask.builders import make_mask
 from magi_attention.mask.cells import equal_runs, runs_by_line, stack_runs
+from magi_attention.mask.index_ranges import NotReadableError
 from magi_attention.mask.inputs import check_length
+from magi_attention.mask.mask_mod import (
+    Cells,
+    Question,
+    check_num_cells,
+    reads_batch,
+    reads_head,
+    warn_of_cells,
+)
 from magi_attention.mask.simplify import merge_bands
-from magi_attention.mask.tile_bounds import MaskMod, NotReadableError, tile_bounds
-
-Flags = NDArray[np.bool_]
+from magi_attention.mask.tile_bounds import MaskMod, tile_bounds
 
 _TILE = 128
 # Keys of a tile where every cell is evaluated anyhow: longer lines are faster.
@@ -28,6 +34,8 @@ _WIDE_TILE = 4096
 # Cells evaluated at once, and tiles bounded at once: bounds the memory, not the result.
 _CELLS_AT_ONCE = 1 << 20
 _TILES_AT_ONCE = 1 << 20
+# Tiles of one mask: minutes of work. A square of 4 million tokens.
+_MOST_TILES = 1 << 30
 
 
 def from_mask_mod(
@@ -42,7 +50,9 @@ def from_mask_mod(
     """The mask of a ``mask_mod(b, h, q, k)``, exactly.
 
     Tiles of 128 x 128 in which the function is proved to be constant (by interval arithmetic, see ``mask.tile_bounds``) are not
-    looked at; every cell of all others is. A function that the proof cannot follow is evaluated everywhere.
+    looked at; every cell of all others is. The proof follows comparisons, logic, sums, products, floor divisions, remainders, shifts,
+    ``where``, ``clamp``, ``isin``, conversions between ints and booleans, and look-ups in tensors. A function that does something else
+    is evaluated everywhere: that is a UserWarning which says what stopped the proof, and up to 2^30 cells (`mask_mod.MOST_CELLS`).
 
     Args:
         num_batches, num_heads: how many there are, for a function that reads ``b`` or ``h``: it must say the same for all.
@@ -50,18 +60,28 @@ def from_mask_mod(
 
     Raises:
         ValueError: it reads ``b`` or ``h`` and their numbers are not given, or it says different things for two of them; or it is not
-            what flex_attention takes: it fails, branches on the value of an index, or returns something else than booleans.
+            what flex_attention takes: it fails, branches on the value of an index, or returns something else than booleans; or too
+            many cells have to be evaluated: above 2^30 where the proof cannot follow, above 2^34 in tiles that it does not decide.
     """
     num_q = check_length(num_q, "num_q")
     num_k = num_q if num_k is None else check_length(num_k, "num_k")
     masks = []
-    for b, h in _batches_and_heads(mask_mod, (num_q, num_k), num_batches, num_heads, device):
-        question, size = _Question(mask_mod, b, h, (num_q, num_k), device), (_TILE, _TILE)
+    pairs, stopped = _batches_and_heads(mask_mod, (num_q, num_k), num_batches, num_heads, device), None
+    for b, h in pairs:
+        question, size = Question(mask_mod, b, h, (num_q, num_k), device), (_TILE, _TILE)
         try:
+            if num_q and num_k:
+                _bounds(
+                    question, question.lengths
+                )  # what stops it as one tile stops it before there is a grid of tiles
             always, ever = _bounds(question, size)
             question = replace(question, is_elementwise=True)
-        except NotReadableError:
-            size = (_TILE, _WIDE_TILE)
+            check_num_cells(int((ever & ~always).sum()) * _TILE * _TILE * len(pairs), None)
+        except NotReadableError as error:
+            if stopped is None:
+                check_num_cells(num_q * num_k * len(pairs), error)
+                warn_of_cells(error, num_q * num_k * len(pairs))
+            stopped, size = error, (_TILE, _WIDE_TILE)
             ever = np.ones((-(-num_q // _TILE), -(-num_k // _WIDE_TILE)), bool)
             always = np.zeros_like(ever)
         rows = _rows_of_tiles(always, ever & ~always, question, size)
@@ -89,14 +109,17 @@ def from_block_mask(block_mask: BlockMask, *, num_batches: int | None = None, nu
     num_q, num_k = (int(length) for length in block_mask.seq_lengths)
     device = block_mask.kv_num_blocks.device
     masks = []
-    for b, h in _batches_and_heads(block_mask.mask_mod, (num_q, num_k), num_batches, num_heads, device):
+    pairs = _batches_and_heads(block_mask.mask_mod, (num_q, num_k), num_batches, num_heads, device)
+    for b, h in pairs:
         at = (b if blocks_b > 1 else 0, h if blocks_h > 1 else 0)
         size = (int(block_mask.BLOCK_SIZE[0]), int(block_mask.BLOCK_SIZE[1]))
         shape = (-(-num_q // size[0]), -(-num_k // size[1]))
         full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, at, shape)
         partial = _listed(block_mask.kv_num_blocks, block_mask.kv_indices, at, shape) & ~full
-        question = _Question(block_mask.mask_mod, b, h, (num_q, num_k), device)
-        rows = _rows_of_tiles(full, partial, replace(question, is_elementwise=_is_readable(question, size)), size)
+        question = Question(block_mask.mask_mod, b, h, (num_q, num_k), device)
+        stopped = _what_stops(question, size)
+        check_num_cells(int(partial.sum()) * size[0] * size[1] * len(pairs), stopped)
+        rows = _rows_of_tiles(full, partial, replace(question, is_elementwise=stopped is None), size)
         masks.append(make_mask(rows, num_q, num_k))
     return _the_only(masks, "the BlockMask")
 
@@ -160,69 +183,15 @@ def _tile_ranges(length: int, size: int) -> Ints:
     return np.stack([starts, np.minimum(starts + size, length)], axis=1)
 
 
-@dataclass(frozen=True, eq=False)
-class _Question:
-    """A ``mask_mod`` that is asked about tiles, for one batch and head.
-
-    ``is_elementwise``: proved to calculate with ints of which none leaves int32, element by element: then it says the same of many
-    indices at once.
-    """
-
-    mask_mod: MaskMod
-    b: int
-    h: int
-    lengths: tuple[int, int]
-    device: str | torch.device
-    is_elementwise: bool = False
-
-    def ask(self, q_start: Ints, k_start: Ints, size: tuple[int, int]) -> Flags:
-        """``[num_tiles, *size]`` bool: what the function says, inside the lengths, of tiles that begin at ``q_start``, ``k_start``.
-
-        Raises:
-            ValueError: the function fails, or returns something else than booleans.
-        """
-        ask = self._at_once if self.is_elementwise else self._as_flex_attention_does
-        q, k = (torch.as_tensor(start, device=self.device) for start in (q_start, k_start))
-        try:
-            said: Flags = ask(q, k, size).cpu().numpy()
-        except Exception as error:  # whatever a user's function raises
-            raise ValueError(
-                f"the mask_mod must take tensors (b, h, q, k) of indices below {self.lengths[0]} queries and {self.lengths[1]} keys, and "
-                "return a tensor of booleans without a branch on their values, as flex_attention has it; got "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        inside_q = q_start[:, None] + np.arange(size[0]) < self.lengths[0]
-        inside_k = k_start[:, None] + np.arange(size[1]) < self.lengths[1]
-        cells: Flags = said & inside_q[:, :, None] & inside_k[:, None, :]
-        return cells
-
-    def _at_once(self, q_start: Tensor, k_start: Tensor, size: tuple[int, int]) -> Tensor:
-        i, j = (torch.arange(length, device=self.device) for length in size)
-        said = self._call((q_start[:, None] + i)[:, :, None], (k_start[:, None] + j)[:, None, :])
-        return torch.as_tensor(said, device=self.device).expand(len(q_start), *size)
-
-    def _as_flex_attention_does(self, q_start: Tensor, k_start: Tensor, size: tuple[int, int]) -> Tensor:
-        def of_tile(_: Tensor, tile: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            # A function that says the same of all says it without reading i or j.
-            result: Tensor = self._call(q_start[tile] + i, k_start[tile] + j) & (i >= 0) & (j >= 0)
-            return result
-
-        said: Tensor = create_mask(of_tile, 1, len(q_start), *size, device=str(self.device))[0]
-        return said
-
-    def _call(self, q: Tensor, k: Tensor) -> Any:
-        here_b, here_h = (torch.tensor(index, device=self.device) for index in (self.b, self.h))
-        # Beyond the lengths, ask of the last: tables that the function reads need not reach further.
-        said = self.mask_mod(here_b, here_h, q.clamp(max=self.lengths[0] - 1), k.clamp(max=self.lengths[1] - 1))
-        if not isinstance(said, bool) and getattr(said, "dtype", None) != torch.bool:
-            raise TypeError(f"it returns {getattr(said, 'dtype', type(said).__name__)}, not booleans")
-        return said
-
-
-def _bounds(question: _Question, size: tuple[int, int]) -> tuple[Flags, Flags]:
+def _bounds(question: Question, size: tuple[int, int]) -> tuple[Cells, Cells]:
     """`tile_bounds`, strip by strip."""
     q_ranges, k_ranges = (_tile_ranges(*pair) for pair in zip(question.lengths, size, strict=True))
     shape = (len(q_ranges), len(k_ranges))
+    if shape[0] * shape[1] > _MOST_TILES:
+        raise ValueError(
+            f"a mask_mod is read up to {_MOST_TILES:,} tiles of {size[0]} x {size[1]} cells, got {question.lengths[0]:,} queries and "
+            f"{question.lengths[1]:,} keys; make longer masks by varlen, sliding_window, from_document_ids and the like"
+        )
     always, ever = np.zeros(shape, bool), np.zeros(shape, bool)
     here_b, here_h = torch.tensor(question.b), torch.tensor(question.h)
     strip = max(_TILES_AT_ONCE // max(shape[1], 1), 1)
@@ -233,15 +202,16 @@ def _bounds(question: _Question, size: tuple[int, int]) -> tuple[Flags, Flags]:
     return always, ever
 
 
-def _is_readable(question: _Question, size: tuple[int, int]) -> bool:
+def _what_stops(question: Question, size: tuple[int, int]) -> NotReadableError | None:
+    """What the proof cannot follow, if there is something."""
     try:
         _bounds(question, size)
-    except NotReadableError:
-        return False
-    return True
+    except NotReadableError as error:
+        return error
+    return None
 
 
-def _rows_of_tiles(full: Flags, partial: Flags, question: _Question, size: tuple[int, int]) -> Ints:
+def _rows_of_tiles(full: Cells, partial: Cells, question: Question, size: tuple[int, int]) -> Ints:
     """The rows of full tiles, and of the attended cells of partial ones, which are evaluated."""
     full = full.copy()
     tile_q, tile_k = np.nonzero(partial)
@@ -276,48 +246,20 @@ def _batches_and_heads(
     """The pairs ``(b, h)`` to ask about; one alone where the function reads neither. ValueError where it cannot be asked."""
     if not all(lengths):
         return [(0, 0)]  # there is no cell that it could say something of
-    first, question = np.zeros(1, np.int64), _Question(mask_mod, 0, 0, lengths, device)
-    replace(question, is_elementwise=_is_readable(question, lengths)).ask(first, first, (1, 1))
-    unknown = [name for name, count in (("num_batches", num_batches), ("num_heads", num_heads)) if count is None]
-    if unknown and _reads_batch_or_head(mask_mod, device):
+    first, question = np.zeros(1, np.int64), Question(mask_mod, 0, 0, lengths, device)
+    replace(question, is_elementwise=_what_stops(question, lengths) is None).ask(first, first, (1, 1))
+    given = {"num_batches": num_batches, "num_heads": num_heads}
+    counts = {name: 1 if count is None else check_length(count, name, 1) for name, count in given.items()}
+    reads = {"num_batches": reads_batch(mask_mod, device), "num_heads": reads_head(mask_mod, device)}
+    unknown = [name for name, count in given.items() if count is None and reads[name]]
+    if unknown:
+        indices = " and ".join(name.removeprefix("num_")[0] for name in unknown)
         raise ValueError(
-            f"the mask_mod reads b or h, so that one mask cannot be proved to hold for all: give {' and '.join(unknown)}, and it is "
+            f"the mask_mod reads {indices}, so that one mask cannot be proved to hold for all: give {' and '.join(unknown)}, and it is "
             "checked for each"
         )
-    counts = [
-        1 if count is None else check_length(count, name, 1)
-        for name, count in (("num_batches", num_batches), ("num_heads", num_heads))
-    ]
-    return [(b, h) for b in range(counts[0]) for h in range(counts[1])]
-
-
-class _Unread:
-    """Stands for b or h: any use of its value fails. Taking its device, or making a tensor like it as ``and_masks`` does, is none."""
-
-    _HARMLESS = ("device", "dtype", "new_ones", "new_zeros", "new_full", "new_tensor")
-
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in self._HARMLESS:
-            raise AttributeError(name)
-        return getattr(self._like, name)
-
-    def _fail(self, *_: object) -> Any:
-        raise TypeError("b or h is read")
-
-    # What every object has, and would answer: that it is unlike an index.
-    __eq__ = __ne__ = __hash__ = __bool__ = __str__ = __repr__ = _fail
-
-
-def _reads_batch_or_head(mask_mod: MaskMod, device: str | torch.device) -> bool:
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    try:
-        mask_mod(_Unread(zero), _Unread(zero), zero, zero)
-    except Exception:  # whatever a user's function raises when it is given what is no index
-        return True
-    return False
+    batches, heads = (range(counts[name] if reads[name] else 1) for name in given)
+    return [(b, h) for b in batches for h in heads]
 
 
 def _the_only(masks: list[AttnMask], what: str) -> AttnMask:
@@ -329,7 +271,7 @@ def _the_only(masks: list[AttnMask], what: str) -> AttnMask:
     return masks[0]
 
 
-def _listed(num_blocks: Tensor | None, indices: Tensor | None, at: tuple[int, int], shape: tuple[int, int]) -> Flags:
+def _listed(num_blocks: Tensor | None, indices: Tensor | None, at: tuple[int, int], shape: tuple[int, int]) -> Cells:
     """``shape`` bool: the blocks that a BlockMask's lists name."""
     named = np.zeros(shape, bool)
     if num_blocks is None or indices is None:
@@ -342,7 +284,7 @@ def _listed(num_blocks: Tensor | None, indices: Tensor | None, at: tuple[int, in
     return named
 
 
-def _as_lists(named: Flags, device: str | torch.device) -> tuple[Tensor, Tensor]:
+def _as_lists(named: Cells, device: str | torch.device) -> tuple[Tensor, Tensor]:
     """``[1, 1, rows]`` and ``[1, 1, rows, columns]`` int32: how many blocks each row names, and those first, ascending."""
     counts = torch.as_tensor(named.sum(axis=1), dtype=torch.int32, device=device)
     order = torch.as_tensor(np.argsort(~named, axis=1, kind="stable"), dtype=torch.int32, device=device)

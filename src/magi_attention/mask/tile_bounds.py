@@ -12,28 +12,22 @@ looked at. For ``(doc[q] == doc[k]) & (q >= k)`` and tiles of 2 x 2, with docume
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from magi_attention.mask.index_operations import apply
+from magi_attention.mask.index_ranges import DTYPES, IndexRange, NotReadableError, as_range
+
 MaskMod = Callable[[Any, Any, Any, Any], Any]
 
-# Beyond this, sums and products of indices might not be exact.
-_LARGEST = 1 << 31
-# Narrower ones wrap around earlier.
-_DTYPES = (torch.bool, torch.int32, torch.int64)
 # What torch's functions are called that say something else each time.
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal")
-
-
-class NotReadableError(Exception):
-    """The function does what ranges cannot follow; its cells have to be looked at."""
+# Entries of a table that is looked up by queries and keys: bounds the memory.
+_MOST_ENTRIES = 1 << 28
 
 
 def tile_bounds(mask_mod: MaskMod, b: Any, h: Any, q_ranges: Tensor, k_ranges: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,277 +40,117 @@ def tile_bounds(mask_mod: MaskMod, b: Any, h: Any, q_ranges: Tensor, k_ranges: T
     Raises:
         NotReadableError: the function uses something else than comparisons, logic, sums, products and look-ups of ints.
     """
-    q = _Range(q_ranges[:, :1], q_ranges[:, 1:] - 1)
-    k = _Range(k_ranges[:, 0], k_ranges[:, 1] - 1)
+    q = IndexRange(q_ranges[:, :1], q_ranges[:, 1:] - 1)
+    k = IndexRange(k_ranges[:, 0], k_ranges[:, 1] - 1)
+    follow = _Follow()
     try:
-        with _Follow():
+        with follow:
             said = mask_mod(b, h, q, k)
     except NotReadableError:
         raise
     except Exception as error:  # whatever a user's function does with what is no tensor
-        raise NotReadableError(str(error)) from error
-    said = _as_range(said)
+        raise NotReadableError(f"it fails on ranges of indices ({type(error).__name__}: {error})") from error
+    said = as_range(said)
     if not said.is_flag:
         raise NotReadableError("it does not return a boolean")
     shape = (len(q_ranges), len(k_ranges))
-    return (said.low > 0).expand(shape), (said.high > 0).expand(shape)
-
-
-@dataclass(frozen=True, eq=False)
-class _Range:
-    """Values between ``low`` and ``high``, both of them included: int64 tensors that broadcast to the grid of tiles."""
-
-    low: Tensor
-    high: Tensor
-    is_flag: bool = False
-
-    def __bool__(self) -> bool:
-        raise NotReadableError("it branches on a value")
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotReadableError("it is called outside")  # inside, `_Follow` comes first
-
-
-def _as_range(value: Any) -> _Range:
-    if isinstance(value, _Range):
-        return value
-    if isinstance(value, (bool, int)):
-        return _Range(torch.tensor(int(value)), torch.tensor(int(value)), isinstance(value, bool))
-    if isinstance(value, Tensor) and value.ndim == 0 and value.dtype in _DTYPES:
-        number = value.to("cpu", torch.int64)
-        return _Range(number, number, value.dtype == torch.bool)
-    raise NotReadableError(f"it uses {type(value).__name__}")
-
-
-def _within(value: _Range) -> _Range:
-    """Refuse numbers so large that int32 in a kernel and int64 here might differ."""
-    if value.low.numel() and max(value.low.abs().max().item(), value.high.abs().max().item()) >= _LARGEST:
-        raise NotReadableError("its numbers leave int32")
-    return value
-
-
-def _flag(low: Tensor, high: Tensor) -> _Range:
-    return _Range(low.to(torch.int64), high.to(torch.int64), True)
-
-
-def _check_numbers(*ranges: _Range) -> None:
-    if any(one.is_flag for one in ranges):
-        raise NotReadableError("it calculates with booleans")
-
-
-def _add(a: _Range, b: _Range) -> _Range:
-    _check_numbers(a, b)
-    return _within(_Range(a.low + b.low, a.high + b.high))
-
-
-def _sub(a: _Range, b: _Range) -> _Range:
-    _check_numbers(a, b)
-    return _within(_Range(a.low - b.high, a.high - b.low))
-
-
-def _mul(a: _Range, b: _Range) -> _Range:
-    return _of_corners(operator.mul, a, b)
-
-
-def _floordiv(a: _Range, b: _Range) -> _Range:
-    if not bool((b.low > 0).all()):
-        raise NotReadableError("it divides by what may not be positive")
-    return _of_corners(lambda x, y: torch.div(x, y, rounding_mode="floor"), a, b)
-
-
-def _of_corners(of: Callable[[Tensor, Tensor], Tensor], a: _Range, b: _Range) -> _Range:
-    """For what is monotone in each argument, whatever the other is: the extremes lie at the corners."""
-    _check_numbers(a, b)
-    corners = of(a.low, b.low), of(a.low, b.high), of(a.high, b.low), of(a.high, b.high)
-    return _within(_Range(reduce(torch.minimum, corners), reduce(torch.maximum, corners)))
-
-
-def _mod(a: _Range, b: _Range) -> _Range:
-    """Exact where no multiple of the divisor lies between; else anything below it."""
-    _check_numbers(a, b)
-    if not bool((b.low > 0).all()) or not bool((b.low == b.high).all()):
-        raise NotReadableError("it takes a remainder of what is not one positive number")
-    together = torch.div(a.low, b.low, rounding_mode="floor") == torch.div(a.high, b.low, rounding_mode="floor")
-    low = torch.where(together, torch.remainder(a.low, b.low), 0)
-    return _Range(low, torch.where(together, torch.remainder(a.high, b.low), b.low - 1))
-
-
-def _eq(a: _Range, b: _Range) -> _Range:
-    same = (a.low == b.high) & (a.high == b.low)
-    return _flag(same, (a.low <= b.high) & (b.low <= a.high))
-
-
-def _lt(a: _Range, b: _Range) -> _Range:
-    return _flag(a.high < b.low, a.low < b.high)
-
-
-def _le(a: _Range, b: _Range) -> _Range:
-    return _flag(a.high <= b.low, a.low <= b.high)
-
-
-def _not(a: _Range) -> _Range:
-    if not a.is_flag:
-        raise NotReadableError("it inverts bits of a number")
-    return _Range(1 - a.high, 1 - a.low, True)
-
-
-def _and(a: _Range, b: _Range) -> _Range:
-    return _logic(torch.minimum, a, b)
-
-
-def _or(a: _Range, b: _Range) -> _Range:
-    return _logic(torch.maximum, a, b)
-
-
-def _logic(of: Callable[[Tensor, Tensor], Tensor], a: _Range, b: _Range) -> _Range:
-    if not (a.is_flag and b.is_flag):
-        raise NotReadableError("it combines bits of numbers")
-    return _Range(of(a.low, b.low), of(a.high, b.high), True)
-
-
-def _xor(a: _Range, b: _Range) -> _Range:
-    return _or(_and(a, _not(b)), _and(_not(a), b))
-
-
-def _abs(a: _Range) -> _Range:
-    _check_numbers(a)
-    spans_zero = (a.low <= 0) & (a.high >= 0)
-    low = torch.where(spans_zero, 0, torch.minimum(a.low.abs(), a.high.abs()))
-    return _Range(low, torch.maximum(a.low.abs(), a.high.abs()))
-
-
-def _least(a: _Range, b: _Range) -> _Range:
-    _check_numbers(a, b)
-    return _Range(torch.minimum(a.low, b.low), torch.minimum(a.high, b.high))
-
-
-def _largest(a: _Range, b: _Range) -> _Range:
-    _check_numbers(a, b)
-    return _Range(torch.maximum(a.low, b.low), torch.maximum(a.high, b.high))
-
-
-def _clamp(a: _Range, least: _Range, largest: _Range) -> _Range:
-    return _least(_largest(a, least), largest)
-
-
-def _where(flag: _Range, a: _Range, b: _Range) -> _Range:
-    """One of the two where it is known which, else anything of either."""
-    if not flag.is_flag or a.is_flag != b.is_flag:
-        raise NotReadableError("it chooses by what is no boolean, or between a boolean and a number")
-    yes, no = flag.low > 0, flag.high == 0
-    low = torch.where(yes, a.low, torch.where(no, b.low, torch.minimum(a.low, b.low)))
-    high = torch.where(yes, a.high, torch.where(no, b.high, torch.maximum(a.high, b.high)))
-    return _Range(low, high, a.is_flag)
-
-
-_OPERATIONS: dict[str, Callable[..., _Range]] = {
-    **dict.fromkeys(("add", "radd"), _add),
-    **dict.fromkeys(("sub", "subtract"), _sub),
-    **dict.fromkeys(("mul", "rmul", "multiply"), _mul),
-    **dict.fromkeys(("floordiv", "floor_divide"), _floordiv),
-    **dict.fromkeys(("mod", "remainder"), _mod),
-    **dict.fromkeys(("and", "rand", "logical_and", "bitwise_and"), _and),
-    **dict.fromkeys(("or", "ror", "logical_or", "bitwise_or"), _or),
-    **dict.fromkeys(("xor", "rxor", "logical_xor", "bitwise_xor"), _xor),
-    **dict.fromkeys(("invert", "logical_not", "bitwise_not"), _not),
-    **dict.fromkeys(("eq",), _eq),
-    "rsub": lambda a, b: _sub(b, a),
-    "rfloordiv": lambda a, b: _floordiv(b, a),
-    "rmod": lambda a, b: _mod(b, a),
-    "ne": lambda a, b: _not(_eq(a, b)),
-    "lt": _lt,
-    "le": _le,
-    "gt": lambda a, b: _lt(b, a),
-    "ge": lambda a, b: _le(b, a),
-    "less": _lt,
-    "greater": lambda a, b: _lt(b, a),
-    "neg": lambda a: _sub(_as_range(0), a),
-    "abs": _abs,
-    "minimum": _least,
-    "maximum": _largest,
-    "clamp": _clamp,
-    "where": _where,
-}
-
-
-def _method(of: Callable[..., _Range]) -> Callable[..., _Range]:
-    return lambda self, *others: of(self, *(_as_range(other) for other in others))
-
-
-# Operators and methods. Ranges are compared with `==`, and never hashed.
-for _name, _operation in _OPERATIONS.items():
-    setattr(_Range, f"__{_name}__", _method(_operation))
-for _name in ("abs", "clamp"):
-    setattr(_Range, _name, _method(_OPERATIONS[_name]))
-
-
-@dataclass
-class _Extremes:
-    """The least and the largest of any stretch of a one-dimensional table: of all stretches of 1, 2, 4, ... entries."""
-
-    table: Tensor
-    lows: list[Tensor] = field(default_factory=list)
-    highs: list[Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        values = self.table.to("cpu", torch.int64)
-        self.lows, self.highs = [values], [values]
-        width = 1
-        while 2 * width <= len(values):
-            for of, levels in ((torch.minimum, self.lows), (torch.maximum, self.highs)):
-                levels.append(of(levels[-1][:-width], levels[-1][width:]))
-            width *= 2
-
-    def look_up(self, index: _Range) -> _Range:
-        first, last = index.low, index.high
-        if index.is_flag or not bool(((first >= 0) & (last < len(self.table)) & (first <= last)).all()):
-            raise NotReadableError("it looks up what may lie outside a table")
-        level = torch.log2((last - first + 1).double()).floor().to(torch.int64)
-        low, high = torch.empty_like(first), torch.empty_like(first)
-        for at in range(len(self.lows)):
-            here = level == at
-            left, right = first[here], last[here] - (1 << at) + 1
-            low[here] = torch.minimum(self.lows[at][left], self.lows[at][right])
-            high[here] = torch.maximum(self.highs[at][left], self.highs[at][right])
-        return _Range(low, high, self.table.dtype == torch.bool)
+    is_open = follow.is_open.expand(shape)  # whatever was found there
+    return (said.low > 0).expand(shape) & ~is_open, (said.high > 0).expand(shape) | is_open
 
 
 class _Follow(TorchFunctionMode):
-    """While active, torch's functions of ranges give ranges; those of tensors alone are left to torch."""
+    """While active, torch's functions of ranges give ranges; those of tensors alone are left to torch.
+
+    ``is_open``: the tiles of which some cell may look up what lies outside a table, or from its end. Such a cell may fail, so
+    all cells of these tiles are evaluated.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.tables: dict[int, _Extremes] = {}
+        self.is_open = torch.zeros(1, 1, dtype=torch.bool)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.strip("_")
+        called, options = func.__name__, kwargs or {}
+        name = called.strip("_")
         if name.startswith(_RANDOM):
             raise NotReadableError("it draws random numbers")
-        is_look_up = name == "getitem" and _holds_range(args[1])
-        if not is_look_up and not any(isinstance(arg, _Range) for arg in args):
-            return func(*args, **(kwargs or {}))
-        if kwargs:
-            raise NotReadableError(f"it uses {name} with options")
-        if is_look_up:
+        if name == "getitem" and _holds_range(args[1]):
             return self.look_up(*args)
-        if name not in _OPERATIONS:
-            raise NotReadableError(f"it uses {name}")
-        return _OPERATIONS[name](*(_as_range(arg) for arg in args))
+        if not _holds_range((*args, *options.values())):
+            return func(*args, **options)
+        if called.endswith("_") and not called.endswith("__"):
+            raise NotReadableError(f"it writes into a tensor ({called})")
+        if name == "take":
+            return self.look_up(args[0].flatten(), *args[1:], **options)
+        return apply(name, *args, **options)
 
-    def look_up(self, table: Any, index: Any) -> _Range:
-        """``table[q]``, or ``table[b, q]`` with everything before the range a single index."""
-        *before, last = index if isinstance(index, tuple) else (index,)
-        if not isinstance(table, Tensor) or table.ndim != len(before) + 1 or table.dtype not in _DTYPES:
-            raise NotReadableError("it looks up something else than a row of ints")
-        if _holds_range(tuple(before)) or not isinstance(last, _Range):
-            raise NotReadableError("it looks up a table by more than one range")
-        if before:
-            return _Extremes(table[tuple(before)]).look_up(last)
-        if id(table) not in self.tables:  # which holds the table, so that its id stays its own
-            self.tables[id(table)] = _Extremes(table)
-        return self.tables[id(table)].look_up(last)
+    def look_up(self, table: Any, index: Any) -> IndexRange:
+        """``table[q]``, ``table[b, q]``, ``table[q // 8, k // 8]``: one index for each axis, ranges at one or two of them."""
+        at = index if isinstance(index, tuple) else (index,)
+        if not isinstance(table, Tensor) or table.dtype not in DTYPES:
+            raise NotReadableError("it looks up something else than a tensor of ints or booleans")
+        if len(at) != table.ndim or not all(_is_index(one) for one in at):
+            raise NotReadableError(
+                f"it looks up a tensor of shape {list(table.shape)} other than by one index for each axis"
+            )
+        varying = [one for one in at if isinstance(one, IndexRange)]
+        table = table[tuple(slice(None) if isinstance(one, IndexRange) else one for one in at)].cpu()
+        if len(varying) > 2 or 0 in table.shape or table.numel() > _MOST_ENTRIES:
+            raise NotReadableError(
+                f"it looks up a tensor of shape {list(table.shape)} by {len(varying)} indices that vary"
+            )
+        is_open = torch.zeros((), dtype=torch.bool)
+        for one, length in zip(varying, table.shape, strict=True):
+            is_open = is_open | (one.low < 0) | (one.high >= length)
+        firsts, lasts = (
+            [edge.clamp(0, length - 1) for edge, length in zip(edges, table.shape, strict=True)]
+            for edges in ([one.low for one in varying], [one.high for one in varying])
+        )
+        low, high = (_extremes(table, firsts, lasts, of) for of in (torch.minimum, torch.maximum))
+        if bool(is_open.any()):
+            self.is_open = self.is_open | is_open
+            low, high = torch.where(is_open, table.min(), low), torch.where(is_open, table.max(), high)
+        return IndexRange(low.to(torch.int64), high.to(torch.int64), table.dtype)
 
 
-def _holds_range(index: Any) -> bool:
-    return any(isinstance(one, _Range) for one in (index if isinstance(index, tuple) else (index,)))
+def _extremes(
+    table: Tensor, firsts: list[Tensor], lasts: list[Tensor], of: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The least or the largest entry of each stretch ``firsts .. lasts`` of a table, or of each rectangle of two stretches."""
+    if table.dtype == torch.bool:
+        table = table.to(torch.uint8)
+    if len(firsts) == 1:
+        return _of_stretches(table, firsts[0].flatten(), lasts[0].flatten(), of).reshape(firsts[0].shape)
+    rows, columns = (first.reshape(1, -1) if first.ndim < 2 else first for first in firsts)
+    if rows.shape[0] == 1 and columns.shape[1] == 1 and max(rows.shape[1], columns.shape[0]) > 1:
+        return _extremes(table.T, firsts[::-1], lasts[::-1], of)
+    if rows.shape[1] != 1 or columns.shape[0] != 1:
+        raise NotReadableError("it looks up a table by two indices that are not one of queries and one of keys")
+    by_row = _of_stretches(table, firsts[0].flatten(), lasts[0].flatten(), of)
+    return _of_stretches(by_row.T.contiguous(), firsts[1].flatten(), lasts[1].flatten(), of).T
+
+
+def _of_stretches(table: Tensor, first: Tensor, last: Tensor, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``[n, ...]``: extremes along axis 0 of ``table[first[i] : last[i] + 1]``, of which two stretches of 2^level entries make any."""
+    level = torch.log2((last - first + 1).double()).floor().to(torch.int64)
+    result = table.new_empty((len(first), *table.shape[1:]))
+    for at in range(int(level.max()) + 1 if len(level) else 0):
+        here = level == at
+        result[here] = of(table[first[here]], table[last[here] - (1 << at) + 1])
+        if len(table) > 1 << at:
+            table = of(table[: -(1 << at)], table[1 << at :])
+    return result
+
+
+def _is_index(one: Any) -> bool:
+    if isinstance(one, IndexRange):
+        return not one.is_flag
+    if isinstance(one, Tensor):
+        return one.ndim == 0 and one.dtype in DTYPES and one.dtype not in (torch.bool, torch.uint8)
+    return isinstance(one, int) and not isinstance(one, bool)
+
+
+def _holds_range(values: Any) -> bool:
+    if isinstance(values, IndexRange):
+        return True
+    return isinstance(values, (tuple, list)) and any(_holds_range(one) for one in values)
