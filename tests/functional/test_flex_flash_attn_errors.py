@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.functional import flex_flash_attn_func
+from magi_attention.mask import AttnMask
 
 
 def int32(rows: list[Any]) -> Tensor:
@@ -29,6 +30,11 @@ def good() -> dict[str, Any]:
 
 def call(arguments: dict[str, Any]) -> Tensor:
     return flex_flash_attn_func(**arguments)[0]
+
+
+def give(arguments: dict[str, Any], **others: Any) -> None:
+    """In place of ranges."""
+    arguments.update(q_ranges=None, k_ranges=None, attn_type_map=None, **others)
 
 
 CASES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
@@ -100,9 +106,73 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a reversed range": (lambda a: a.update(k_ranges=int32([[0, 10], [8, 2]])), r"k_ranges\[1\] .*got \[8, 2\)"),
     "a negative softcap": (lambda a: a.update(softcap=-1.0), "softcap must be 0 .*got -1.0"),
     "a sink layout": (lambda a: a.update(sink_layout="shd"), "sink_layout must be 'sh' or 'ssh', got 'shd'"),
-    "a flat sink": (
-        lambda a: a.update(sink=torch.zeros(4)),
-        r"sink must be \[num_sink, 4\] under sink_layout='sh'.*\[4\]",
+    "a flat sink of other heads": (
+        lambda a: a.update(sink=torch.zeros(2)),
+        r"sink must be \[num_sink, 4\] under sink_layout='sh'.*\[1, 2\]",
+    ),
+    "a flat sink under ssh": (
+        lambda a: a.update(sink=torch.zeros(4), sink_layout="ssh"),
+        r"sink must be \[8, num_sink, 4\] under sink_layout='ssh', got shape \[4\]",
+    ),
+    "no ranges": (lambda a: a.update(q_ranges=None, k_ranges=None), "given in one way: .*got attn_type_map"),
+    "nothing attended": (
+        lambda a: a.update(q_ranges=None, k_ranges=None, attn_type_map=None),
+        "given in one way: .*got none of them",
+    ),
+    "q ranges alone": (lambda a: a.update(k_ranges=None), "given in one way: .*got q_ranges and attn_type_map"),
+    "ranges and a mask": (
+        lambda a: a.update(mask=AttnMask.full(8, 10)),
+        "given in one way: .*got q_ranges and k_ranges and attn_type_map and mask",
+    ),
+    "ranges and indices": (
+        lambda a: a.update(attn_type_map=None, index_attn_indices=int32([[[0], [0]]] * 8)),
+        "given in one way: .*got q_ranges and k_ranges and index_attn_indices",
+    ),
+    "a mask of other lengths": (
+        lambda a: give(a, mask=AttnMask.full(8)),
+        "queries and keys .* 8 and 10, got one of 8 and 8",
+    ),
+    "a mask that is none": (lambda a: give(a, mask="causal"), "mask must be an AttnMask, got a str"),
+    "a mask and indices": (
+        lambda a: give(a, mask=AttnMask.full(8, 10), index_attn_indices=int32([[[0], [0]]] * 8)),
+        "given in one way: .*got mask and index_attn_indices",
+    ),
+    "indices of int64": (
+        lambda a: give(a, index_attn_indices=int32([[[0], [0]]] * 8).long()),
+        r"int32 \[8, 2, topk\].*got shape \[8, 2, 1\] of torch.int64",
+    ),
+    "indices of other blocks": (
+        lambda a: give(a, index_attn_indices=int32([[[0], [0]]] * 8), q_block_size=4),
+        r"int32 \[2, 2, topk\].*got shape \[8, 2, 1\]",
+    ),
+    "indices of query heads": (
+        lambda a: give(a, index_attn_indices=int32([[[0]] * 4] * 8)),
+        r"int32 \[8, 2, topk\].*got shape \[8, 4, 1\]",
+    ),
+    "indices elsewhere": (
+        lambda a: give(a, index_attn_indices=int32([[[0], [0]]] * 8).to("meta")),
+        "index_attn_indices must be on q's device cpu, got meta",
+    ),
+    "indices that are a list": (lambda a: give(a, index_attn_indices=[[[0]]]), "got a list"),
+    "a block beyond the end": (
+        lambda a: give(a, index_attn_indices=int32([[[0], [3]]] * 8), k_block_size=4),
+        r"blocks in \[0, 3\), or -1 as padding at the end of a list, got 3 at \[0, 1, 0\]",
+    ),
+    "a block before the first": (
+        lambda a: give(a, index_attn_indices=int32([[[0], [-2]]] * 8)),
+        r"got -2 at \[0, 1, 0\]",
+    ),
+    "padding before a block": (
+        lambda a: give(a, index_attn_indices=int32([[[0, -1], [-1, 3]]] * 8)),
+        r"at the end of a list, got a block behind padding at \[0, 1, 0\]",
+    ),
+    "blocks of no queries": (
+        lambda a: give(a, index_attn_indices=int32([[[0], [0]]] * 8), q_block_size=0),
+        "q_block_size must be an int of 1 or more, got 0",
+    ),
+    "blocks of no keys": (
+        lambda a: give(a, index_attn_indices=int32([[[0], [0]]] * 8), k_block_size=True),
+        "k_block_size must be an int of 1 or more, got True",
     ),
     "a sink of other heads": (lambda a: a.update(sink=torch.zeros(1, 2)), r"sink must be \[num_sink, 4\].*\[1, 2\]"),
     "a sink of other tokens": (

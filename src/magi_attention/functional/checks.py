@@ -60,8 +60,25 @@ def check_sink(sink: Tensor | None, layout: str, q: Tensor) -> None:
         raise ValueError(f"sink must be on q's device {q.device}, got {sink.device}")
 
 
-def check_tables(q_ranges: Tensor, k_ranges: Tensor, attn_type_map: Tensor | None, device: torch.device) -> None:
-    """ValueError where the tables of slices are none, whatever they say; they are not read."""
+def check_one_mask(
+    q_ranges: object, k_ranges: object, attn_type_map: object, mask: object, index_attn_indices: object
+) -> None:
+    """ValueError unless what is attended is given in one way: by ranges, by a mask, or by the indices of blocks."""
+    ranges = {"q_ranges": q_ranges, "k_ranges": k_ranges, "attn_type_map": attn_type_map}
+    given = {**ranges, "mask": mask, "index_attn_indices": index_attn_indices}
+    names = [name for name, value in given.items() if value is not None]
+    if names not in (["q_ranges", "k_ranges"], [*ranges], ["mask"], ["index_attn_indices"]):
+        raise ValueError(
+            "what is attended must be given in one way: q_ranges and k_ranges (with or without attn_type_map), or mask, or "
+            f"index_attn_indices; got {' and '.join(names) or 'none of them'}"
+        )
+
+
+def check_tables(
+    q_ranges: Tensor | None, k_ranges: Tensor | None, attn_type_map: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tables; ValueError where they are none, whatever they say: they are not read."""
+    assert q_ranges is not None and k_ranges is not None, "check_one_mask comes first"
     for name, ranges in (("q_ranges", q_ranges), ("k_ranges", k_ranges)):
         _check_table(name, ranges, "[n, 2]", device)
         if ranges.dim() != 2 or ranges.shape[1] != 2:
@@ -74,6 +91,7 @@ def check_tables(q_ranges: Tensor, k_ranges: Tensor, attn_type_map: Tensor | Non
             "a slice is one q range, one k range and one type, so their lists must be of one length; got "
             f"q_ranges {list(q_ranges.shape)}, k_ranges {list(k_ranges.shape)}{types}"
         )
+    return q_ranges, k_ranges, attn_type_map
 
 
 def read_slices(

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from magi_attention.common.forward_meta import AttnForwardMeta
-from magi_attention.functional.checks import check_sink, check_tables, check_tensors
+from magi_attention.functional.checks import check_one_mask, check_sink, check_tables, check_tensors
+from magi_attention.functional.index_attn import attend_listed_blocks
+from magi_attention.functional.masks import Tables, tables_of_mask
 from magi_attention.functional.ops import FlexFlashAttention, flex_flash_attn
 from magi_attention.functional.precision import in_asked_precision
+from magi_attention.mask import AttnMask
 
 
 @in_asked_precision
@@ -19,14 +22,14 @@ def flex_flash_attn_func(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_ranges: Tensor,
-    k_ranges: Tensor,
+    q_ranges: Tensor | None = None,
+    k_ranges: Tensor | None = None,
     attn_type_map: Tensor | None = None,
     *,
     sink: Tensor | None = None,
     sink_layout: str = "sh",
     softmax_scale: float | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     deterministic: bool = False,
     sm_margin: int = 0,
     disable_fwd_atomic_reduction: bool = False,
@@ -40,6 +43,11 @@ def flex_flash_attn_func(
     sparse_load: bool = False,
     swap_bwd_qk_loop: bool = False,
     return_max_logits: bool = False,
+    index_attn: bool = False,
+    index_attn_indices: Tensor | None = None,
+    q_block_size: int = 1,
+    k_block_size: int = 1,
+    mask: AttnMask | None = None,
 ) -> tuple[Tensor, AttnForwardMeta]:
     """Attention over the cells of a list of slices, differentiable (once) in q, k, v and sink.
 
@@ -62,6 +70,8 @@ def flex_flash_attn_func(
     beyond the tensors are cut to them, unless ``MAGI_ATTENTION_SANITY_CHECK`` asks for the same checks as on the CPU. What is made
     of tables is kept for as long as they are, and made anew after a write to them: give the layers of a model the same tensors.
 
+    In place of ranges, a call takes an `AttnMask`, or lists of key blocks (``index_attn_indices``), which may differ between kv heads.
+
     Under ``torch.compile`` a call is one node of the graph, ``magi_attention::flex_flash_attn``, and its backward another.
 
     Args:
@@ -69,14 +79,14 @@ def flex_flash_attn_func(
         k: ``[num_k, hk, d]``, of q's dtype and device; ``hq`` is a multiple of ``hk``, and query head ``h`` attends head
             ``h // (hq // hk)``.
         v: ``[num_k, hk, dv]``, likewise.
-        q_ranges: ``[n, 2]`` int32 on q's device, half-open.
+        q_ranges: ``[n, 2]`` int32 on q's device, half-open. None: the mask is given by ``mask`` or ``index_attn_indices``.
         k_ranges: ``[n, 2]`` int32 on q's device, half-open.
         attn_type_map: ``[n]`` int32 on q's device, types as above; None: all full.
-        sink: logits that join each softmax's denominator and nothing else, of any floating dtype: ``[num_sink, hq]``, or
-            ``[num_q, num_sink, hq]`` with ``sink_layout="ssh"``. The lse of a query that attends nothing is then the sinks'.
+        sink: logits that join each softmax's denominator and nothing else, of any floating dtype: ``[num_sink, hq]``, ``[hq]`` (one
+            sink), or ``[num_q, num_sink, hq]`` with ``sink_layout="ssh"``. The lse of a query that attends nothing is then the sinks'.
         sink_layout: "sh" or "ssh".
         softmax_scale: factor of ``q.k``; None: ``1 / sqrt(d)``.
-        softcap: above 0, logits become ``softcap * tanh(logits / softcap)`` after scaling. Sinks are not capped.
+        softcap: above 0, logits become ``softcap * tanh(logits / softcap)`` after scaling. Sinks are not capped. None: 0.
         deterministic: ask for the same bits from the same inputs. Passed on to the kernel. All kernels give them unasked, except the
             fused backward of the ``hopper`` backend (sm_90), which adds to dq in the order in which its blocks come; where they are
             asked for, ``triton``'s backward takes its place. ``MAGI_ATTENTION_DETERMINISTIC_MODE`` asks for them everywhere.
@@ -92,6 +102,15 @@ def flex_flash_attn_func(
         sparse_load: gather keys of short ranges into one tile. Not used.
         swap_bwd_qk_loop: loop over keys inside queries in the backward. Not used.
         return_max_logits: whether to return ``max_logits``.
+        index_attn: Not used: that ``index_attn_indices`` are given says as much.
+        index_attn_indices: ``[num_blocks_q, hk, topk]`` int32 on q's device: the blocks of keys that each block of queries attends, with
+            all query heads of the kv head. -1 at the end of a list is padding. The last blocks may be shorter. Each kv head is a
+            call of its own, over ranges that the host makes of the lists: right, but not fast. A block listed twice is a
+            ValueError under ``MAGI_ATTENTION_SANITY_CHECK``, without it the result is undefined. In compiled code and CUDA graphs
+            the lists are not read: a block that does not exist is then no error, and attends nothing.
+        q_block_size: queries of a block of ``index_attn_indices``.
+        k_block_size: keys of a block of ``index_attn_indices``.
+        mask: an `AttnMask` of num_q queries and num_k keys. Its tables are made in its first call, and kept as long as it is.
 
     Returns:
         ``out`` ``[num_q, hq, dv]`` in q's dtype, and ``AttnForwardMeta(lse, max_logits)``, neither of them differentiable:
@@ -101,16 +120,35 @@ def flex_flash_attn_func(
 
     Raises:
         ValueError: tensors whose shapes, dtypes or devices do not fit each other; ranges that are reversed or out of bounds and
-            unknown mask types, where tables are checked; a kernel named by ``MAGI_ATTENTION_BACKEND`` that cannot serve these tensors.
+            unknown mask types, where tables are checked; not exactly one of ranges, ``mask`` and ``index_attn_indices``; indices that
+            name no block of keys, or make more than 4,000,000 ranges for a kv head; a kernel named by ``MAGI_ATTENTION_BACKEND`` that
+            cannot serve these tensors.
         RuntimeError: differentiating its gradients again.
     """
     check_tensors(q, k, v)
+    if isinstance(sink, Tensor) and sink.dim() == 1 and sink_layout == "sh":
+        sink = sink.unsqueeze(0)
     check_sink(sink, sink_layout, q)
-    check_tables(q_ranges, k_ranges, attn_type_map, q.device)
+    check_one_mask(q_ranges, k_ranges, attn_type_map, mask, index_attn_indices)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    tables = (q_ranges, k_ranges, attn_type_map)
+    softcap = 0.0 if softcap is None else float(softcap)
     attend = flex_flash_attn if torch.compiler.is_compiling() else FlexFlashAttention.apply
-    out, lse, max_logits = attend(
-        q, k, v, *tables, sink, sink_layout, scale, float(softcap), deterministic, return_max_logits
-    )
+
+    def attend_slices(
+        q: Tensor, k: Tensor, v: Tensor, tables: Tables, sink: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = attend(
+            q, k, v, *tables, sink, sink_layout, scale, softcap, deterministic, return_max_logits
+        )
+        return result
+
+    if index_attn_indices is not None:
+        blocks = (index_attn_indices, (q_block_size, k_block_size))
+        out, lse, max_logits = attend_listed_blocks(attend_slices, q, k, v, sink, *blocks)
+    else:
+        if mask is not None:
+            tables = tables_of_mask(mask, q.shape[0], k.shape[0], q.device)
+        else:
+            tables = check_tables(q_ranges, k_ranges, attn_type_map, q.device)
+        out, lse, max_logits = attend_slices(q, k, v, tables, sink)
     return out, AttnForwardMeta(lse=lse, max_logits=max_logits if return_max_logits else None)

@@ -19,7 +19,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from magi_attention import env
 from magi_attention.functional.checks import read_slices
 from magi_attention.kernels.interface import DeviceMask, KernelMask
+from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import bands_from_slices, check_disjoint, empty_bands
+
+Tables = tuple[Tensor, Tensor, Tensor | None]
 
 # Masks kept for tables on a device that share one q_ranges.
 _MOST_KEPT = 4
@@ -102,3 +105,33 @@ def is_capturing(device: torch.device) -> bool:
 def _stream(device: torch.device) -> int:
     """What is made on one stream must not be used on another without waiting."""
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+# By the identity of a mask: itself, weakly, and its tables on each device. Gone when it is.
+_tables: dict[int, tuple[weakref.ref[AttnMask], dict[torch.device, Tables]]] = {}
+
+
+def tables_of_mask(mask: AttnMask, num_q: int, num_k: int, device: torch.device) -> Tables:
+    """``(q_ranges, k_ranges, attn_type_map)`` of a mask, made once for each mask and device.
+
+    Raises:
+        ValueError: no mask, or one of other lengths.
+    """
+    if not isinstance(mask, AttnMask):
+        raise ValueError(f"mask must be an AttnMask, got a {type(mask).__name__}; ranges are q_ranges and k_ranges")
+    if (mask.num_q, mask.num_k) != (num_q, num_k):
+        raise ValueError(
+            f"the mask must be of as many queries and keys as q and k have tokens, {num_q} and {num_k}, got one of {mask.num_q} and "
+            f"{mask.num_k}"
+        )
+    key = id(mask)
+    found = _tables.get(key)
+    if found is None or found[0]() is not mask:
+        found = (weakref.ref(mask, lambda _: _tables.pop(key, None)), {})
+        _tables[key] = found
+    by_device = found[1]
+    if device not in by_device:
+        # Made under inference_mode, they could not be used in training.
+        with torch.inference_mode(False):
+            by_device[device] = tuple(torch.from_numpy(table.astype(np.int32)).to(device) for table in mask.to_slices())  # type: ignore[assignment]
+    return by_device[device]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.mask import bands as band_table
-from magi_attention.mask import builders, cells, columns, combine, documents, draw, serial
+from magi_attention.mask import blocks, builders, cells, columns, combine, documents, draw, serial
 from magi_attention.mask.bands import Ints
 from magi_attention.mask.inputs import MOST_TOKENS, as_array, as_ints, as_pairs, check_length
 from magi_attention.mask.simplify import simplify as _simplify
@@ -106,6 +106,8 @@ class AttnMask:
     from_position_ids = staticmethod(documents.from_position_ids)
     from_attention_mask = staticmethod(documents.from_attention_mask)
     from_dense = staticmethod(cells.from_dense)
+    block_sparse = staticmethod(blocks.block_sparse)
+    from_block_indices = staticmethod(blocks.from_block_indices)
     from_startend_row_indices = staticmethod(columns.from_startend_row_indices)
     from_json = staticmethod(serial.from_json)
     to_cu_seqlens = documents.to_cu_seqlens

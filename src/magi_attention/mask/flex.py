@@ -71,9 +71,8 @@ def from_mask_mod(
         question, size = Question(mask_mod, b, h, (num_q, num_k), device), (_TILE, _TILE)
         try:
             if num_q and num_k:
-                _bounds(
-                    question, question.lengths
-                )  # what stops it as one tile stops it before there is a grid of tiles
+                # What stops the proof in one tile of all stops it before there is a grid of tiles.
+                _bounds(question, question.lengths)
             always, ever = _bounds(question, size)
             question = replace(question, is_elementwise=True)
             check_num_cells(int((ever & ~always).sum()) * _TILE * _TILE * len(pairs), None)
