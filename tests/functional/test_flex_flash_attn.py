@@ -198,6 +198,11 @@ def test_signature() -> None:
         "sparse_load": False,
         "swap_bwd_qk_loop": False,
         "return_max_logits": False,
+        "index_attn": False,
+        "index_attn_indices": None,
+        "q_block_size": 1,
+        "k_block_size": 1,
+        "mask": None,
     }
     assert list(parameters)[6:] == list(keywords)
 

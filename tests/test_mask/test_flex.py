@@ -38,7 +38,7 @@ COMPARE = [
 
 def random_number(rng: Rng, depth: int, table: torch.Tensor) -> tuple[str, MaskMod]:
     """An expression of q and k with whole numbers as values, and its text."""
-    kind = int(rng.integers(4 if depth == 0 else 16))
+    kind = int(rng.integers(4 if depth == 0 else 22))
     number = int(rng.integers(1, 9))
     if kind == 0:
         return "q", lambda b, h, q, k: q
@@ -63,6 +63,18 @@ def random_number(rng: Rng, depth: int, table: torch.Tensor) -> tuple[str, MaskM
         return f"-{text}", lambda b, h, q, k: -of(b, h, q, k)
     if kind == 12:
         return f"clamp({text}, 1, {number})", lambda b, h, q, k: torch.clamp(of(b, h, q, k), 1, number)
+    if kind == 16:
+        return f"({text} >> {number % 4})", lambda b, h, q, k: of(b, h, q, k) >> number % 4
+    if kind == 17:
+        return f"({text} & 7)", lambda b, h, q, k: (of(b, h, q, k) & 7) - (of(b, h, q, k) & ~3)
+    if kind == 18:  # also from the end of the table
+        return f"doc[{text} % 40 - {number}]", lambda b, h, q, k: table[of(b, h, q, k) % 40 - number]
+    if kind == 19:
+        return f"div({text}, -{number})", lambda b, h, q, k: torch.div(of(b, h, q, k), -number, rounding_mode="trunc")
+    if kind == 20:
+        return f"({text} > {number}).int()", lambda b, h, q, k: (of(b, h, q, k) > number).int() * number
+    if kind == 21:
+        return f"plane[q, {number}k]", lambda b, h, q, k: table[:40].reshape(8, 5)[q // 5, (k // number) % 5]
     other_text, other = random_number(rng, depth - 1, table)
     if kind in (13, 14):
         name, function = ("minimum", torch.minimum) if kind == 13 else ("maximum", torch.maximum)

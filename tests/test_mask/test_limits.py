@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 import torch
 
 from magi_attention.api import infer_attn_mask_from_cu_seqlens, magi_attn_varlen_key
+from magi_attention.cli import masks as cli_masks
 from magi_attention.common import AttnRange, AttnRanges, RangeError
+from magi_attention.config import DispatchConfig, DistAttnConfig
 from magi_attention.mask import AttnMask, varlen
 
 UNSIGNED = [np.uint8, np.uint16, np.uint32, np.uint64]
@@ -202,10 +206,32 @@ def test_bounds_of_ranges(bound: Any) -> None:
             make()
 
 
+@pytest.mark.parametrize("huge", [2**31, 2**62, 2**63, 2**70])
+def test_chunks_and_padding_of_keys(huge: int) -> None:
+    for options in ({"chunk_size": huge}, {"pad_size": huge}, {"chunk_size": 1, "pad_size": huge}):
+        with pytest.raises(ValueError, match=r"its padding must be at most 2,147,483,647 tokens|pad_size must be 0"):
+            magi_attn_varlen_key([0, 8], [0, 8], 1, 1, 8, **options)  # type: ignore[arg-type]
+    config = DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=huge, uneven_shard=True))
+    with pytest.raises(ValueError, match="in chunks of"):
+        magi_attn_varlen_key([0, 8], [0, 8], 1, 1, 8, dist_attn_config=config)
+
+
 def test_sizes_of_the_longest_ranges() -> None:
     longest = AttnRange(-(2**40), 2**40)
     ranges = AttnRanges.from_ranges([longest] * 8)
     assert ranges.total_seqlen == 8 * 2**41
     assert ranges.intersect_size() == 7 * 2**41
     assert ranges.intersect_size_with(ranges) == 15 * 2**41
+    assert AttnRange(0, 5).truncate(2**62).is_empty()
+    assert AttnRange(0, 5).truncate(-(2**62), 2**62) == AttnRange(0, 5)
     assert ranges.find_overlap_ranges(ranges).to_naive_ranges() == [(-(2**40), 2**40)]
+
+
+def test_lengths_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "lengths"
+    file.write_text(f"5 {2**64}")
+    parser = argparse.ArgumentParser()
+    cli_masks.add_arguments(parser)
+    for options in (["--lengths", str(file)], ["--tokens", str(2**40)]):
+        with pytest.raises(ValueError, match=r"must fit in int64|--tokens must be at most 2,147,483,647"):
+            cli_masks.mask_of(parser.parse_args(["--mask", "varlen-causal", *options]))

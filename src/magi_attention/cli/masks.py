@@ -11,6 +11,7 @@ import numpy as np
 from magi_attention.cli import values
 from magi_attention.mask import AttnMask, varlen, varlen_block_causal
 from magi_attention.mask.bands import Ints
+from magi_attention.mask.inputs import as_lengths, check_length
 
 NAMES = ("full", "causal", "varlen-full", "varlen-causal", "window", "block-causal", "varlen-block-causal")
 
@@ -78,7 +79,7 @@ def document_lengths(args: argparse.Namespace) -> Ints:
         raise ValueError(
             f"{args.lengths} must hold positive ints, the lengths of documents, got {' '.join(words[:5])!r}"
         )
-    lengths = np.array([int(word) for word in words], np.int64)
+    lengths = as_lengths([int(word) for word in words], f"the lengths in {args.lengths}")
     if args.tokens is None:
         return lengths
     ends = np.minimum(np.cumsum(lengths), args.tokens)
@@ -104,5 +105,4 @@ def log_normal_lengths(total: int, mean: float, seed: int) -> Ints:
 def _tokens(args: argparse.Namespace) -> int:
     if args.tokens is None:
         raise ValueError(f"--tokens says how long the {args.mask} mask is, and it is missing")
-    tokens: int = args.tokens
-    return tokens
+    return check_length(args.tokens, "--tokens")

@@ -81,7 +81,7 @@ class AttnRange:
 
     def truncate(self, start: int | None = None, end: int | None = None) -> AttnRange:
         """What lies in ``[start, end)``, a bound left out being none; empty where nothing does."""
-        new_start = self._start if start is None else max(self._start, start)
+        new_start = self._start if start is None else max(self._start, min(start, MOST_TOKENS_OF_RANGE))
         new_end = self._end if end is None else min(self._end, end)
         return AttnRange(new_start, max(new_start, new_end))
 

@@ -11,6 +11,7 @@ import numpy as np
 from magi_attention.config import AffinityDispatchAlg, DispatchConfig
 from magi_attention.mask import AttnMask
 from magi_attention.mask.bands import Ints
+from magi_attention.mask.inputs import MOST_TOKENS
 from magi_attention.plan.balance import sequential
 from magi_attention.plan.chunk_size import chunk_sizes, finer_size
 from magi_attention.plan.dispatch import DispatchProblem, candidates, chunk_areas, place_keys
@@ -45,7 +46,8 @@ def cut_in_chunks(
     """Padding and chunk borders of one side; ``chunk_size`` None is the config's or, where it has none, the default.
 
     Raises:
-        ValueError: ``pad_size`` is neither None nor 0 and does not make whole chunks, equally many on every rank.
+        ValueError: ``pad_size`` is neither None nor 0 and does not make whole chunks, equally many on every rank; or with the padding
+            the sequence is longer than a mask may be.
     """
     chunk_size = chunk_size or config.chunk_size or default_chunk_size(total_seqlen, num_ranks, min_chunks_per_rank)
     needed = 0 if config.uneven_shard else padded_length(total_seqlen, num_ranks, chunk_size) - total_seqlen
@@ -59,6 +61,11 @@ def cut_in_chunks(
         )
         raise ValueError(f"pad_size must be {needed} here ({rule}), got {pad_size}; leave it out to have it computed")
     padded = total_seqlen + pad_size
+    if max(padded, chunk_size) > MOST_TOKENS:
+        raise ValueError(
+            f"a sequence and its padding must be at most {MOST_TOKENS:,} tokens, got {padded:,} ({total_seqlen:,} tokens and "
+            f"{pad_size:,} of padding, in chunks of {chunk_size:,} on {num_ranks} ranks); use a smaller chunk_size"
+        )
     edges = np.minimum(np.arange(-(-padded // chunk_size) + 1) * chunk_size, padded)
     return ChunkCut(total_seqlen, chunk_size, num_ranks, edges)
 
