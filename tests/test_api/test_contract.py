@@ -20,7 +20,8 @@ CONFIG = repr(DistAttnConfig())
 
 # Of functions, as ``inspect.signature`` prints them without annotations.
 SIGNATURES: dict[Callable[..., Any], str] = {
-    api.flex_flash_attn_func: "(q, k, v, q_ranges=None, k_ranges=None, attn_type_map=None, *, sink=None, sink_layout='sh', softmax_scale=None, "
+    api.flex_flash_attn_func: "(q, k, v, q_ranges=None, k_ranges=None, attn_type_map=None, *, sink=None, sink_layout='sh', "
+    "softmax_scale=None, "
     "softcap=0.0, deterministic=False, sm_margin=0, disable_fwd_atomic_reduction=False, disable_bwd_dkv_atomic_reduction=False, "
     "ref_block_size=None, max_seqlen_q=None, auto_range_merge=False, swap_ab=False, pack_gqa=False, cat_gqa=False, sparse_load=False, "
     "swap_bwd_qk_loop=False, return_max_logits=False, index_attn=False, index_attn_indices=None, q_block_size=1, k_block_size=1, "

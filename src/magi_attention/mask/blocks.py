@@ -75,7 +75,7 @@ def from_block_indices(
     """
     table = as_bounds(indices, "indices")
     if table.ndim == 3 and table.shape[1]:
-        if not (np.sort(table, axis=2) == np.sort(table[:, :1], axis=2)).all():
+        if not (np.sort(table, axis=2, kind="stable") == np.sort(table[:, :1], axis=2, kind="stable")).all():
             raise ValueError(
                 "indices differ between heads, which one mask cannot tell: make a mask of indices[:, head] for each head"
             )
@@ -112,7 +112,7 @@ def check_indices(table: Ints, num_blocks_k: int, name: str) -> None:
 
 def check_listed_once(table: Ints, name: str) -> None:
     """ValueError where a list of ``[..., topk]`` repeats a block."""
-    ordered = np.sort(table, axis=-1)
+    ordered = np.sort(table, axis=-1, kind="stable")
     wrong = np.argwhere((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0))
     if len(wrong):
         at = wrong[0].tolist()
@@ -124,7 +124,7 @@ def check_listed_once(table: Ints, name: str) -> None:
 
 def runs_of_indices(table: Ints) -> tuple[Ints, Ints, Ints]:
     """``(block of queries, begin, end)`` of each run of adjacent blocks in the lists ``[num_blocks_q, topk]``, ``[n]`` each."""
-    ordered = np.sort(table, axis=1)
+    ordered = np.sort(table, axis=1, kind="stable")
     line, place = np.nonzero(ordered >= 0)
     listed = ordered[line, place].astype(np.int64)
     opens = np.append(True, (np.diff(line) != 0) | (np.diff(listed) > 1))[: len(line)]
