@@ -10,6 +10,7 @@ from magi_attention.common.enum import AttnRole
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.functional.ops import as_last_contiguous
 from magi_attention.functional.precision import in_asked_precision
+from magi_attention.kernels.precision import as_autocast_casts
 from magi_attention.runtime import cache, checks
 from magi_attention.runtime.dist_attn import DistributedAttention
 from magi_attention.runtime.group import group_device
@@ -134,17 +135,23 @@ def calc_attn(
 
     Returns:
         ``out`` ``[num_local_rows_q, num_heads_q, head_dim of v]`` in q's dtype, and ``AttnForwardMeta(lse [num_local_rows_q,
-        num_heads_q], max_logits
-        [num_heads_q] or None)``. A query that attends nothing (padding too) has output 0, lse -inf (the sink's, with one) and zero
-        gradients. Differentiable in q, k, v and sink.
+        num_heads_q], max_logits [num_heads_q] or None)``. A query that attends nothing (padding too) has output 0, lse -inf and zero
+        gradients, whatever the gradients of its output and lse hold. With a sink, its lse is the sink's, and the gradient of that lse
+        goes to the sink: mask padding rows out of a loss of lse, or take the lse from ``undispatch(meta.lse, key)``, which drops them.
+        ``out`` and ``lse`` are differentiable (once) in q, k, v and sink; a rank's loss may use either or both. A kept ``lse`` holds
+        the graph and the tensors saved for the backward: keep ``lse.detach()`` where it is only logged.
+
+    Under autocast q, k and v are cast to autocast's dtype, float64 excepted, as in torch's own attention; the sink keeps its dtype.
 
     Under ``torch.compile`` a call is one node of the graph, ``magi_attention::distributed_attn``, and its backward another; another key
     is another number to it, and compiles nothing anew.
 
     Raises:
         ValueError: tensors that are not what the key was made for, or a key behind which no plan stands.
+        RuntimeError: differentiating its gradients again.
         CommTimeoutError: a peer did not take part within the process group's timeout; it names who.
     """
+    q, k, v = as_autocast_casts(q, k, v)
     scale = None if softmax_scale is None else float(softmax_scale)
     if torch.compiler.is_compiling():
         out, lse, best = distributed_attn(q, k, v, sink, key.handle, scale, float(softcap), return_max_logits)

@@ -1,7 +1,7 @@
 """Distributed attention as operators of torch: what `torch.compile` sees of `calc_attn`. They know a key by its handle.
 
     magi_attention::distributed_attn             forward, with a formula for its gradient
-    magi_attention::distributed_attn_backward    that formula
+    magi_attention::distributed_attn_backward    that formula; dlse is None where lse is not used
 
 Every rank must run the same calls in the same order, compiled or not: what is compiled on one rank must be on all.
 """
@@ -15,17 +15,21 @@ from torch import Tensor
 
 from magi_attention import env
 from magi_attention.api.keys import pick_backend
+from magi_attention.functional.once_differentiable import refusal
 from magi_attention.functional.ops import as_last_contiguous
 from magi_attention.kernels.interface import AttnSettings
 from magi_attention.kernels.precision import accumulation_dtype
 from magi_attention.runtime import cache, checks
-from magi_attention.runtime.dist_attn import ExecutionOptions, run_backward, run_forward, sink_share
+from magi_attention.runtime.dist_attn import ExecutionOptions, differentiate, run_forward
 from magi_attention.runtime.key import DistAttnRuntimeKey, key_of_handle
 from magi_attention.runtime.session import Session
 
 _OPTIONS = "Tensor? sink, SymInt handle, float? softmax_scale, float softcap"
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_max_logits) -> (Tensor, Tensor, Tensor)"
-_BACKWARD = f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+_BACKWARD = (
+    f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def prepare(
@@ -97,6 +101,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *options: object) ->
 @torch.library.custom_op("magi_attention::distributed_attn_backward", mutates_args=(), schema=_BACKWARD)
 def distributed_attn_backward(
     dout: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -109,15 +114,23 @@ def distributed_attn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` of the shapes and dtypes of q, k, v, and ``dsink`` of the sink's, or ``[0]``."""
     session, options = prepare(q, k, v, _key(handle), sink, softmax_scale, softcap, False)
-    dout, q, k, v = (as_last_contiguous(x) for x in (dout, q, k, v))
-    dq, dk, dv, delta = run_backward(dout, q, k, v, out, lse, session, options)
-    dsink = lse.new_empty(0) if sink is None else sink_share(lse, sink, delta, session, options)
+    q, k, v = (as_last_contiguous(x) for x in (q, k, v))
+    dq, dk, dv, dsink = differentiate((dout, dlse), (q, k, v, sink, out, lse), session, options)
+    dsink = lse.new_empty(0) if dsink is None else dsink
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), dsink.contiguous()
 
 
 @distributed_attn_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink: Tensor | None, *options: object
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sink: Tensor | None,
+    *options: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsink = lse.new_empty(0) if sink is None else sink.new_empty(sink.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
@@ -127,17 +140,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     q, k, v, sink, *ctx.options = inputs
     out, lse, max_logits = output
     ctx.save_for_backward(q, k, v, out, lse, sink)
-    ctx.mark_non_differentiable(lse, max_logits)
+    ctx.mark_non_differentiable(max_logits)
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dout: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    *tensors, sink = ctx.saved_tensors
-    dq, dk, dv, dsink = distributed_attn_backward(dout, *tensors, sink, *ctx.options[:-1])
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, sink = ctx.saved_tensors
+    # A rank that does not use out takes part in the same exchanges as the others.
+    dout = torch.zeros_like(out) if dout is None else dout
+    dq, dk, dv, dsink = distributed_attn_backward(dout, dlse, q, k, v, out, lse, sink, *ctx.options[:-1])
     return dq, dk, dv, None if sink is None else dsink, *(None,) * 4
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError("calc_attn is once_differentiable: it has no gradients of gradients")
+    raise refusal("calc_attn")
 
 
 distributed_attn.register_autograd(_differentiate, setup_context=_save)

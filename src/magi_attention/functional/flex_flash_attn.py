@@ -11,9 +11,10 @@ from torch import Tensor
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.functional.checks import check_one_mask, check_sink, check_tables, check_tensors
 from magi_attention.functional.index_attn import attend_listed_blocks
-from magi_attention.functional.masks import Tables, tables_of_mask
+from magi_attention.functional.masks import Tables, as_saveable, tables_of_mask
 from magi_attention.functional.ops import FlexFlashAttention, flex_flash_attn
 from magi_attention.functional.precision import in_asked_precision
+from magi_attention.kernels.precision import as_autocast_casts
 from magi_attention.mask import AttnMask
 
 
@@ -64,11 +65,16 @@ def flex_flash_attn_func(
     ====  ==========  ==========================================
 
     Slices may overlap in queries and in keys, but must not list a cell twice: with ``MAGI_ATTENTION_SANITY_CHECK`` that is a
-    ValueError, without it the result is undefined. A query that attends nothing has output 0, lse ``-inf`` and zero gradients.
+    ValueError, without it the result is undefined. A query that attends nothing has output 0, lse ``-inf`` and zero gradients,
+    whatever the gradients of its output and lse hold, NaN included. With a sink, its lse is the sink's, and the gradient of that lse
+    goes to the sink.
 
     Tables on the CPU are read and checked in every call. Those on a GPU are left there, so that the host never waits for them: ranges
     beyond the tensors are cut to them, unless ``MAGI_ATTENTION_SANITY_CHECK`` asks for the same checks as on the CPU. What is made
-    of tables is kept for as long as they are, and made anew after a write to them: give the layers of a model the same tensors.
+    of tables is kept for as long as they are, and made anew after a write to them: give the layers of a model the same tensors. Tables
+    made under ``torch.inference_mode`` work, but what is made of them is not kept.
+
+    Under autocast q, k and v are cast to autocast's dtype, float64 excepted, as in torch's own attention; the sink keeps its dtype.
 
     In place of ranges, a call takes an `AttnMask`, or lists of key blocks (``index_attn_indices``), which may differ between kv heads.
 
@@ -113,9 +119,10 @@ def flex_flash_attn_func(
         mask: an `AttnMask` of num_q queries and num_k keys. Its tables are made in its first call, and kept as long as it is.
 
     Returns:
-        ``out`` ``[num_q, hq, dv]`` in q's dtype, and ``AttnForwardMeta(lse, max_logits)``, neither of them differentiable:
-        ``lse`` ``[num_q, hq]``, float32 (float64 for float64 inputs), natural log of the softmax's denominator, sinks included;
-        ``max_logits`` ``[hq]`` in lse's dtype, the largest scaled logit over attended cells before softcap (``-inf`` where a head
+        ``out`` ``[num_q, hq, dv]`` in q's dtype, and ``AttnForwardMeta(lse, max_logits)``. ``lse`` ``[num_q, hq]``: float32 (float64 for
+        float64 inputs), natural log of the softmax's denominator, sinks included; differentiable like ``out``, so a z-loss works. A kept
+        lse holds the graph and the tensors saved for the backward: keep ``lse.detach()`` where it is only logged. ``max_logits``
+        ``[hq]``: in lse's dtype, not differentiable, the largest scaled logit over attended cells before softcap (``-inf`` where a head
         attends nothing), or None where not asked for.
 
     Raises:
@@ -125,6 +132,7 @@ def flex_flash_attn_func(
             cannot serve these tensors.
         RuntimeError: differentiating its gradients again.
     """
+    q, k, v = as_autocast_casts(q, k, v)
     check_tensors(q, k, v)
     if isinstance(sink, Tensor) and sink.dim() == 1 and sink_layout == "sh":
         sink = sink.unsqueeze(0)
@@ -138,7 +146,7 @@ def flex_flash_attn_func(
         q: Tensor, k: Tensor, v: Tensor, tables: Tables, sink: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         result: tuple[Tensor, Tensor, Tensor] = attend(
-            q, k, v, *tables, sink, sink_layout, scale, softcap, deterministic, return_max_logits
+            q, k, v, *map(as_saveable, tables), sink, sink_layout, scale, softcap, deterministic, return_max_logits
         )
         return result
 

@@ -46,6 +46,17 @@ def kernel_mask(q_ranges: Tensor, k_ranges: Tensor, types: Tensor | None, num_q:
     return _device_mask(q_ranges, k_ranges, types, num_q, num_k)
 
 
+def as_saveable(table: Tensor | None) -> Tensor | None:
+    """``table``, or a copy if it was made under `torch.inference_mode` and gradients are on.
+
+    Autograd does not save tensors of inference mode. Each call copies: writes to such a tensor are
+    not counted, so a kept copy could be out of date.
+    """
+    if table is None or torch.compiler.is_compiling() or not table.is_inference() or not torch.is_grad_enabled():
+        return table
+    return table.clone()
+
+
 @lru_cache(maxsize=16)
 def _host_mask(q_ranges: bytes, k_ranges: bytes, types: bytes, num_q: int, num_k: int) -> KernelMask:
     """The mask of int64 tables given as bytes. The layers of a model ask for the same few masks over and over."""

@@ -1,7 +1,7 @@
 """One-device attention as operators of torch: what `torch.compile`, export and selective checkpointing see of a call.
 
     magi_attention::flex_flash_attn             forward, with a formula for its gradient
-    magi_attention::flex_flash_attn_backward    that formula, once differentiable
+    magi_attention::flex_flash_attn_backward    that formula, once differentiable; dlse is None where lse is not used
 
 Which kernel computes, and what the environment asks, is decided when they run, not when a graph is made of them.
 
@@ -19,17 +19,18 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from magi_attention import env
 from magi_attention.functional.masks import is_capturing, kernel_mask
+from magi_attention.functional.once_differentiable import as_once_differentiable, refusal
 from magi_attention.functional.sink import apply_sink, sink_gradient
 from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask
 from magi_attention.kernels.precision import accumulation_dtype
 from magi_attention.kernels.registry import pick
-from magi_attention.kernels.row_dots import row_dots
+from magi_attention.kernels.row_dots import row_deltas
 
 _MASK = "Tensor q_ranges, Tensor k_ranges, Tensor? attn_type_map"
 _OPTIONS = "Tensor? sink, str sink_layout, float softmax_scale, float softcap, bool deterministic"
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {_MASK}, {_OPTIONS}, bool return_max_logits) -> (Tensor, Tensor, Tensor)"
 _BACKWARD = (
-    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MASK}, {_OPTIONS})"
+    f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MASK}, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -99,6 +100,7 @@ def _(
 
 def _attend_backward(
     dout: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -110,16 +112,15 @@ def _attend_backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
-    return _run_backward(dout, q, k, v, out, lse, mask, _Options(*options))
+    return _run_backward(dout, q, k, v, lse, row_deltas(out, lse, dout, dlse), mask, _Options(*options))
 
 
 def _run_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: KernelMask, options: _Options
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, mask: KernelMask, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` of the shapes and dtypes of q, k, v, and ``dsink`` of the sink's, or ``[0]``."""
     settings, sink = options.settings(), options.sink
     dout, q, k, v = (as_last_contiguous(x) for x in (dout, q, k, v))
-    delta = row_dots(out, dout)
     backend = _backend(q, k, v, settings)
     dq, dk, dv = backend.backward(dout, q, k, v, lse, delta, mask, settings, grad_dtype=q.dtype)
     dsink = lse.new_empty(0) if sink is None else sink_gradient(lse, sink, delta, options.sink_layout).to(sink.dtype)
@@ -134,6 +135,7 @@ flex_flash_attn_backward = torch.library.custom_op(
 @flex_flash_attn_backward.register_fake
 def _(
     dout: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -153,28 +155,33 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     q, k, v, q_ranges, k_ranges, attn_type_map, sink, *ctx.options = inputs
     out, lse, max_logits = output
     ctx.save_for_backward(q, k, v, out, lse, q_ranges, k_ranges, attn_type_map, sink)
-    ctx.mark_non_differentiable(lse, max_logits)
+    ctx.mark_non_differentiable(max_logits)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(
-    ctx: Any, dout: Tensor | None, *_: object, mask: KernelMask | None = None
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: object, mask: KernelMask | None = None
 ) -> tuple[Tensor | None, ...]:
     """``mask``: of the tables that were saved, where it is known."""
-    if dout is None:
+    if dout is None and dlse is None:
         return (None,) * 12
+    # Once: hooks that offload or recompute what was saved pay for every reading.
     q, k, v, out, lse, q_ranges, k_ranges, attn_type_map, sink = ctx.saved_tensors
+    inputs = (dout, dlse, q, k, v, sink)
     options = _Options(sink, *ctx.options[:-1])
+    dout = torch.zeros_like(out) if dout is None else dout
     if mask is None:
-        grads = flex_flash_attn_backward(dout, q, k, v, out, lse, q_ranges, k_ranges, attn_type_map, *options)
+        grads = flex_flash_attn_backward(dout, dlse, q, k, v, out, lse, q_ranges, k_ranges, attn_type_map, *options)
     else:
-        grads = _run_backward(dout, q, k, v, out, lse, mask, options)
+        with torch.no_grad():
+            grads = _run_backward(dout, q, k, v, lse, row_deltas(out, lse, dout, dlse), mask, options)
+        grads = as_once_differentiable("flex_flash_attn_func", grads, inputs)
     dq, dk, dv, dsink = grads
     return dq, dk, dv, None, None, None, None if sink is None else dsink, *(None,) * 5
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError("flex_flash_attn_func is once_differentiable: it has no gradients of gradients")
+    raise refusal("flex_flash_attn_func")
 
 
 flex_flash_attn.register_autograd(_differentiate, setup_context=_save)
@@ -196,18 +203,17 @@ class FlexFlashAttention(torch.autograd.Function):
             output: tuple[Tensor, Tensor, Tensor] = flex_flash_attn(*inputs)
         else:
             ctx.mask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
-            ctx.is_captured = is_capturing(q.device)
+            ctx.device, ctx.is_captured = q.device, is_capturing(q.device)
             output = _run_forward(q, k, v, ctx.mask, _Options(*options), return_max_logits)
         _save(ctx, inputs, output)
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         mask = None if is_in_torch_dispatch_mode() else ctx.mask
-        if mask is not None and ctx.is_captured != is_capturing(ctx.saved_tensors[0].device):
+        if mask is not None and ctx.is_captured != is_capturing(ctx.device):
             mask = None  # lists that a graph makes are there when it is replayed, and not for others
-        return _differentiate(ctx, dout, mask=mask)
+        return _differentiate(ctx, *grads, mask=mask)
 
 
 def as_last_contiguous(x: Tensor) -> Tensor:

@@ -31,8 +31,9 @@ def apply_sink(out: Tensor, lse: Tensor, sink: Tensor, layout: str = "sh") -> tu
 def sink_gradient(lse: Tensor, sink: Tensor, delta: Tensor, layout: str = "sh") -> Tensor:
     """Gradient of ``sink``, in its shape and lse's dtype.
 
-    ``lse``: ``[num_q, hq]`` with the sinks in it; ``delta``: ``[num_q, hq]``, ``sum(out * dout, -1)``. A sink's probability is
-    ``exp(sink - lse)`` and its value is 0, so its gradient is ``-exp(sink - lse) * delta``, summed over the queries that share it.
+    ``lse``: ``[num_q, hq]`` with the sinks in it; ``delta``: ``[num_q, hq]``, ``sum(out * dout, -1) - dlse``. A sink's probability is
+    ``exp(sink - lse)`` and its value is 0, so its gradient is ``-exp(sink - lse) * delta``, summed over the queries that share it. Where a
+    query attends nothing, its lse is the sinks', and dlse alone counts.
     """
     sink, lse = sink.to(lse.dtype), finite_lse(lse)
     if _sink_dim(layout) == 1:

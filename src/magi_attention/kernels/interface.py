@@ -150,7 +150,8 @@ class Backend(Protocol):
         """Gradients ``(dq, dk, dv)`` of these cells, given the lse over *all* cells (sinks included).
 
         ``dout``: ``[num_q, hq, dv]`` in q's or the accumulation dtype. ``lse``, ``delta``: ``[num_q, hq]`` in the accumulation dtype;
-        ``delta = sum(out * dout, -1)``. Probabilities are ``exp(s - lse)``, and 0 in rows whose lse is ``-inf``.
+        ``delta = sum(out * dout, -1) - dlse``, see `kernels.row_dots`. Probabilities are ``exp(s - lse)``, and 0 in rows whose lse
+        is ``-inf``.
         With ``dq`` (accumulation dtype) the gradient of q is added to it in place; the others, and dq without it, are made
         in ``grad_dtype`` (None: the accumulation dtype).
         """

@@ -28,3 +28,20 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return exact
+
+
+def as_autocast_casts(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype, where autocast is on for the first one's device.
+
+    float64 stays float64, as in torch's own attention. What is no tensor is returned as it is, for
+    the checks that follow.
+    """
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if _is_narrowable(x) else x for x in tensors)
+
+
+def _is_narrowable(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64

@@ -26,10 +26,12 @@ from magi_attention.comm import (
     group_reduce,
     group_reduce_lse,
 )
+from magi_attention.functional.once_differentiable import as_once_differentiable
+from magi_attention.functional.ops import as_last_contiguous
 from magi_attention.functional.sink import apply_sink, sink_gradient
 from magi_attention.kernels.interface import AttnSettings, Backend, KernelMask, Partial
 from magi_attention.kernels.precision import accumulation_dtype
-from magi_attention.kernels.row_dots import row_dots
+from magi_attention.kernels.row_dots import row_deltas
 from magi_attention.plan import StagePlan
 from magi_attention.runtime.session import Session
 from magi_attention.runtime.transport import cast_keys, reduce_gradients
@@ -120,16 +122,15 @@ def run_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     lse: Tensor,
+    delta: Tensor,
     session: Session,
     options: ExecutionOptions,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv)`` in the inputs' dtypes, and ``delta [num_q, hq]``, the row sums of ``out * dout``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv)`` in the inputs' dtypes. ``delta [num_q, hq]``: of `row_deltas`, for this rank's queries."""
     group, part, backend, settings = session.key.cp_group, session.rank_plan, options.backend, options.settings
     wide = accumulation_dtype(q.dtype)
     travelling = wide if options.high_precision_backward else k.dtype
-    delta = row_dots(out, dout)
     guests = part.guests
     visiting = None
     if guests is not None:
@@ -163,7 +164,25 @@ def run_backward(
         returning.append(reduce_gradients((stage_dk, stage_dv), (dk, dv), stage, group, travelling, label))
     for reduction in returning:
         reduction.wait()
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), delta
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def differentiate(
+    grads: tuple[Tensor | None, Tensor | None],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor],
+    session: Session,
+    options: ExecutionOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``(dq, dk, dv, dsink)`` in the dtypes of q, k, v and sink.
+
+    ``saved``: ``q, k, v, sink, out, lse``. ``grads``: of out and lse; None where this rank's loss
+    does not use it. Ranks may differ in that: the exchanges are the same whatever is None.
+    """
+    (dout, dlse), (q, k, v, sink, out, lse) = grads, saved
+    dout = torch.zeros_like(out) if dout is None else as_last_contiguous(dout)
+    delta = row_deltas(out, lse, dout, dlse)
+    dq, dk, dv = run_backward(dout, q, k, v, lse, delta, session, options)
+    return dq, dk, dv, None if sink is None else sink_share(lse, sink, delta, session, options)
 
 
 def sink_share(lse: Tensor, sink: Tensor, delta: Tensor, session: Session, options: ExecutionOptions) -> Tensor:
@@ -184,14 +203,15 @@ class DistributedAttention(torch.autograd.Function):
         out, lse, max_logits = run_forward(q, k, v, sink, session, options)
         ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.session, ctx.options = session, options
-        ctx.mark_non_differentiable(*(x for x in (lse, max_logits) if x is not None))
+        if max_logits is not None:
+            ctx.mark_non_differentiable(max_logits)
+        ctx.set_materialize_grads(False)
         return out, lse, max_logits
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, sink, out, lse = ctx.saved_tensors
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        dq, dk, dv, delta = run_backward(dout, q, k, v, out, lse, ctx.session, ctx.options)
-        dsink = None if sink is None else sink_share(lse, sink, delta, ctx.session, ctx.options)
-        return dq, dk, dv, dsink, None, None
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            grads = differentiate((dout, dlse), saved, ctx.session, ctx.options)
+        q, k, v, sink, _, _ = saved
+        return *as_once_differentiable("calc_attn", grads, (dout, dlse, q, k, v, sink)), None, None

@@ -40,6 +40,7 @@ def attention_oracle(
     attended: Tensor,
     *,
     dout: Tensor | None = None,
+    dlse: Tensor | None = None,
     sink: Tensor | None = None,
     sink_layout: str = "sh",
     softmax_scale: float | None = None,
@@ -48,16 +49,18 @@ def attention_oracle(
 ) -> AttnResult:
     """Attention over ``attended`` ``[num_q, num_k]`` bool, every step in ``dtype``.
 
-    float64 is the oracle; the inputs' own dtype is the plain PyTorch run that sets the tolerance. With ``dout``, also the gradients.
-    Queries that attend nothing give out 0, lse the sinks' (``-inf`` without) and no gradient.
+    float64 is the oracle; the inputs' own dtype is the plain PyTorch run that sets the tolerance. With ``dout`` (of out) or ``dlse`` (of
+    lse), also the gradients. Queries that attend nothing give out 0, lse the sinks' (``-inf`` without) and no gradient but the sinks'.
     """
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
     sink_leaf = None if sink is None else sink.detach().to(dtype).requires_grad_()
     out, lse, max_logits = _attend(q, k, v, attended, sink_leaf, sink_layout, softmax_scale, softcap)
-    if dout is None:
+    given = [(x, grad.to(dtype)) for x, grad in ((out, dout), (lse, dlse)) if grad is not None and x.requires_grad]
+    if not given:
         return AttnResult(out.detach(), lse.detach(), max_logits.detach())
     wanted = [q, k, v] if sink_leaf is None else [q, k, v, sink_leaf]
-    grads = torch.autograd.grad(out, wanted, dout.to(dtype), allow_unused=True)
+    outputs, output_grads = zip(*given, strict=True)
+    grads = torch.autograd.grad(outputs, wanted, output_grads, allow_unused=True)
     filled = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, grads, strict=True)]
     return AttnResult(out.detach(), lse.detach(), max_logits.detach(), *filled)
 
@@ -112,6 +115,6 @@ def plain_result(q: Tensor, k: Tensor, v: Tensor, attended: Tensor, **options: o
     low = attention_oracle(q, k, v, attended, dtype=q.dtype, **options)  # type: ignore[arg-type]
     if q.dtype in (torch.float32, torch.float64):
         return low
-    forward_options = {name: value for name, value in options.items() if name != "dout"}
+    forward_options = {name: value for name, value in options.items() if name not in ("dout", "dlse")}
     wide = attention_oracle(q, k, v, attended, dtype=torch.float32, **forward_options)  # type: ignore[arg-type]
     return AttnResult(low.out, wide.lse, wide.max_logits, low.dq, low.dk, low.dv, low.dsink)
