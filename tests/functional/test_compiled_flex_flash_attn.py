@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from magi_attention.functional import flex_flash_attn_func, ops
-from magi_attention.functional.ops import flex_flash_attn, flex_flash_attn_backward
+from magi_attention.functional.ops import flex_flash_attn, flex_flash_attn_backward, forward_operator
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 
@@ -107,12 +108,76 @@ def test_the_operators_keep_torchs_rules(with_sink: bool) -> None:
     k, v = normal(21, KV_HEADS, 16), normal(21, KV_HEADS, 8)
     sink = normal(2, HEADS) if with_sink else None
     mask, options = tables(21), (sink, "sh", 0.25, 0.0, False)
-    torch.library.opcheck(flex_flash_attn, (q, k, v, *mask, *options, with_sink))
+    torch.library.opcheck(forward_operator, (q, k, v, *mask, *options, with_sink, ops.GRADIENT_VERSION))
     with torch.no_grad():
         out, lse, _ = flex_flash_attn(q, k, v, *mask, *options, False)
-    values = [x.detach() for x in (torch.randn(out.shape), q, k, v, out, lse)]
+    dout, *values = [x.detach() for x in (torch.randn(out.shape), q, k, v, out, lse)]
     options = (None if sink is None else sink.detach(), *options[1:])
-    torch.library.opcheck(flex_flash_attn_backward, (*values, *mask, *options))
+    for dlse in (None, torch.randn(lse.shape)):
+        torch.library.opcheck(flex_flash_attn_backward, (dout, dlse, *values, *mask, *options))
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "out": lambda out, lse: out.square().mean(),
+    "lse": lambda out, lse: lse.square().mean(),
+    "both": lambda out, lse: out.square().mean() + lse.square().mean(),
+}
+
+
+@pytest.mark.parametrize("layout", ["sh", "ssh"])
+@pytest.mark.parametrize("used", LOSSES)
+def test_the_gradient_of_lse(used: str, layout: str) -> None:
+    """With the loss in the graph, and outside it, where all that the graph returns has a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(33, HEADS, 16), (33, KV_HEADS, 16), (33, KV_HEADS, 8), (2, HEADS) if layout == "sh" else (33, 2, HEADS)]
+    leaves = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+
+    def attend(*leaves: Tensor) -> tuple[Tensor, Tensor]:
+        out, meta = flex_flash_attn_func(*leaves[:3], *tables(33), sink=leaves[3], sink_layout=layout)
+        assert meta.lse is not None
+        return out, meta.lse
+
+    def loss(*leaves: Tensor) -> Tensor:
+        return LOSSES[used](*attend(*leaves))
+
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    torch._dynamo.reset()
+    inside = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    outside = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for value in (inside(*leaves), LOSSES[used](*outside(*leaves))):
+        torch.testing.assert_close(torch.autograd.grad(value, leaves), expected)
+
+
+def test_graphs_on_disk_know_the_version_of_the_gradient() -> None:
+    """By what a graph holds torch finds it again: a graph of another version must not be the same."""
+    targets = []
+
+    def look(graph: Any, _: Any) -> Any:
+        targets.extend(node for node in graph.graph.nodes if "magi_attention" in str(node.target))
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(Layer("sh", 45), fullgraph=True, backend=look)(torch.randn(45, HEADS * HEAD_DIM), *tables(45))
+    assert [node.args[-1] for node in targets] == [ops.GRADIENT_VERSION]
+
+
+def test_autocast() -> None:
+    """float32 q and k beside a bfloat16 v, backward outside: the casts and bits of eager."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(45, heads, 16, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    leaves = [q.requires_grad_(), k.requires_grad_(), v.bfloat16().requires_grad_()]
+
+    def attend(*leaves: Tensor) -> Tensor:
+        return flex_flash_attn_func(*leaves, *tables(45))[0]
+
+    torch._dynamo.reset()
+    results = []
+    for run in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = run(*leaves)
+        results.append([out, *torch.autograd.grad(out.float().square().mean(), leaves)])
+    assert [x.dtype for x in results[1]] == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 def test_checkpoints_can_keep_what_attention_gave(monkeypatch: pytest.MonkeyPatch) -> None:

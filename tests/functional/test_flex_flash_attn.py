@@ -38,7 +38,8 @@ def differentiate(
     assert out.dtype == inputs.q.dtype
     grads = [leaf.grad for leaf in leaves]
     assert all(grad is not None and grad.dtype == leaf.dtype for grad, leaf in zip(grads, leaves, strict=True))
-    return AttnResult(out.detach(), meta.lse, meta.max_logits, *grads), meta
+    assert meta.lse is not None
+    return AttnResult(out.detach(), meta.lse.detach(), meta.max_logits, *grads), meta
 
 
 def find_truth(inputs: KernelInputs, slices: Slices, **options: Any) -> Truth:
@@ -61,7 +62,7 @@ def test_results_and_gradients(family: str, dtype: torch.dtype) -> None:
     find_truth(inputs, case.slices).check(actual)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert meta.lse is not None and meta.max_logits is not None and meta.lse.dtype == meta.max_logits.dtype == wide
-    assert not meta.lse.requires_grad and not meta.max_logits.requires_grad
+    assert meta.lse.requires_grad and not meta.max_logits.requires_grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -257,7 +258,8 @@ def test_only_what_requires_grad_gets_one() -> None:
     v = inputs.v.clone().requires_grad_()
     out, meta = flex_flash_attn_func(inputs.q, inputs.k, v, *tables)
     out.backward(inputs.dout)
-    find_truth(inputs, case.slices).check(AttnResult(lse=meta.lse, dv=v.grad))
+    assert meta.lse is not None
+    find_truth(inputs, case.slices).check(AttnResult(lse=meta.lse.detach(), dv=v.grad))
     assert inputs.q.grad is None and inputs.k.grad is None
 
 

@@ -38,3 +38,23 @@ def test_row_dots(shape: tuple[int, int, int], dtypes: tuple[torch.dtype, torch.
 def test_float64_stays_float64() -> None:
     out, dout = (torch.randn(5, 2, 8, dtype=torch.float64, device=DEVICE) for _ in range(2))
     assert torch.equal(row_dots(out, dout), (out * dout).sum(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_zeros_ignore_what_they_are_multiplied_by(dtype: torch.dtype) -> None:
+    """Rows that attend nothing have out 0, and may have any gradient; a row with a number in it may not."""
+    generator = torch.Generator().manual_seed(0)
+    out, dout = (torch.randn(64, 3, 24, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
+    out[7], out[9, 1], out[11, 2, 5] = 0.0, -0.0, 0.0
+    expected = (out.double() * dout.double()).sum(-1)
+    dout[7], dout[9, 1, ::2], dout[11, 2, 5] = torch.nan, torch.inf, torch.nan
+    expected[11, 2] = torch.nan
+    for run in (row_dots, row_dots_on_device):
+        torch.testing.assert_close(run(out, dout).double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_float64_rows_of_zeros() -> None:
+    out, dout = torch.randn(2, 5, 2, 8, dtype=torch.float64, device=DEVICE)
+    out[3], dout[3] = 0.0, torch.nan
+    dots = row_dots(out, dout)
+    assert (dots[3] == 0).all() and torch.equal(dots[:3], (out * dout).sum(-1)[:3])

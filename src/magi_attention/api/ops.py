@@ -16,7 +16,7 @@ from torch import Tensor
 from magi_attention import env
 from magi_attention.api.keys import pick_backend
 from magi_attention.functional.once_differentiable import refusal
-from magi_attention.functional.ops import as_last_contiguous
+from magi_attention.functional.ops import GRADIENT_VERSION, as_last_contiguous
 from magi_attention.kernels.interface import AttnSettings
 from magi_attention.kernels.precision import accumulation_dtype
 from magi_attention.runtime import cache, checks
@@ -25,7 +25,10 @@ from magi_attention.runtime.key import DistAttnRuntimeKey, key_of_handle
 from magi_attention.runtime.session import Session
 
 _OPTIONS = "Tensor? sink, SymInt handle, float? softmax_scale, float softcap"
-_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_max_logits) -> (Tensor, Tensor, Tensor)"
+_FORWARD = (
+    f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_max_logits, int gradient_version)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 _BACKWARD = (
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)"
@@ -74,7 +77,7 @@ def _key(handle: int) -> DistAttnRuntimeKey:
 
 
 @torch.library.custom_op("magi_attention::distributed_attn", mutates_args=(), schema=_FORWARD)
-def distributed_attn(
+def forward_operator(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -83,6 +86,7 @@ def distributed_attn(
     softmax_scale: float | None,
     softcap: float,
     return_max_logits: bool,
+    gradient_version: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out [num_q, hq, dv], lse [num_q, hq], max_logits [hq] or [0])``; see `calc_attn`."""
     session, options = prepare(q, k, v, _key(handle), sink, softmax_scale, softcap, return_max_logits)
@@ -91,11 +95,18 @@ def distributed_attn(
     return out.contiguous(), lse.contiguous(), lse.new_empty(0) if max_logits is None else max_logits
 
 
-@distributed_attn.register_fake
+def distributed_attn(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator, of all its inputs but the last."""
+    output: tuple[Tensor, Tensor, Tensor] = forward_operator(*inputs, GRADIENT_VERSION)
+    return output
+
+
+@forward_operator.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *options: object) -> tuple[Tensor, Tensor, Tensor]:
     (num_q, hq, _), wide = q.shape, accumulation_dtype(q.dtype)
     out, lse = q.new_empty(num_q, hq, v.shape[2]), q.new_empty(num_q, hq, dtype=wide)
-    return out, lse, q.new_empty(hq if options[-1] else 0, dtype=wide)
+    return_max_logits = options[-2]
+    return out, lse, q.new_empty(hq if return_max_logits else 0, dtype=wide)
 
 
 @torch.library.custom_op("magi_attention::distributed_attn_backward", mutates_args=(), schema=_BACKWARD)
@@ -148,13 +159,13 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: objec
     q, k, v, out, lse, sink = ctx.saved_tensors
     # A rank that does not use out takes part in the same exchanges as the others.
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dsink = distributed_attn_backward(dout, dlse, q, k, v, out, lse, sink, *ctx.options[:-1])
-    return dq, dk, dv, None if sink is None else dsink, *(None,) * 4
+    dq, dk, dv, dsink = distributed_attn_backward(dout, dlse, q, k, v, out, lse, sink, *ctx.options[:-2])
+    return dq, dk, dv, None if sink is None else dsink, *(None,) * 5
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> None:
     raise refusal("calc_attn")
 
 
-distributed_attn.register_autograd(_differentiate, setup_context=_save)
+forward_operator.register_autograd(_differentiate, setup_context=_save)
 distributed_attn_backward.register_autograd(_refuse)

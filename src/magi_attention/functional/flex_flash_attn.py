@@ -72,7 +72,8 @@ def flex_flash_attn_func(
     Tables on the CPU are read and checked in every call. Those on a GPU are left there, so that the host never waits for them: ranges
     beyond the tensors are cut to them, unless ``MAGI_ATTENTION_SANITY_CHECK`` asks for the same checks as on the CPU. What is made
     of tables is kept for as long as they are, and made anew after a write to them: give the layers of a model the same tensors. Tables
-    made under ``torch.inference_mode`` work, but what is made of them is not kept.
+    made under ``torch.inference_mode`` work, but what is made of them is not kept; under ``torch.compile`` clone them first, because torch
+    saves no such tensor for the backward of a graph.
 
     Under autocast q, k and v are cast to autocast's dtype, float64 excepted, as in torch's own attention; the sink keeps its dtype.
 

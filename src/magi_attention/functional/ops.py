@@ -26,9 +26,17 @@ from magi_attention.kernels.precision import accumulation_dtype
 from magi_attention.kernels.registry import pick
 from magi_attention.kernels.row_dots import row_deltas
 
+# torch keeps compiled graphs on disk, by the operators in them and their arguments: it does not see how
+# an operator is differentiated. Raise this with every change of a gradient, or graphs of an older
+# version give the older gradient (version 1 dropped that of lse).
+GRADIENT_VERSION = 2
+
 _MASK = "Tensor q_ranges, Tensor k_ranges, Tensor? attn_type_map"
 _OPTIONS = "Tensor? sink, str sink_layout, float softmax_scale, float softcap, bool deterministic"
-_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_MASK}, {_OPTIONS}, bool return_max_logits) -> (Tensor, Tensor, Tensor)"
+_FORWARD = (
+    f"(Tensor q, Tensor k, Tensor v, {_MASK}, {_OPTIONS}, bool return_max_logits, int gradient_version)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 _BACKWARD = (
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MASK}, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)"
@@ -53,7 +61,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, q_ranges: Tensor, k_ranges: Tensor, attn_type_map: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
-    *others, return_max_logits = options
+    *others, return_max_logits, _ = options
     return _run_forward(q, k, v, mask, _Options(*others), return_max_logits)
 
 
@@ -72,10 +80,16 @@ def _run_forward(
     return out.contiguous(), lse.contiguous(), lse.new_empty(0) if max_logits is None else max_logits
 
 
-flex_flash_attn = torch.library.custom_op("magi_attention::flex_flash_attn", _attend, mutates_args=(), schema=_FORWARD)
+forward_operator = torch.library.custom_op("magi_attention::flex_flash_attn", _attend, mutates_args=(), schema=_FORWARD)
 
 
-@flex_flash_attn.register_fake
+def flex_flash_attn(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator, of the inputs that `FlexFlashAttention` takes too."""
+    output: tuple[Tensor, Tensor, Tensor] = forward_operator(*inputs, GRADIENT_VERSION)
+    return output
+
+
+@forward_operator.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -89,6 +103,7 @@ def _(
     softcap: float,
     deterministic: bool,
     return_max_logits: bool,
+    gradient_version: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (num_q, hq, _), wide = q.shape, accumulation_dtype(q.dtype)
     return (
@@ -152,7 +167,8 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, q_ranges, k_ranges, attn_type_map, sink, *ctx.options = inputs
+    q, k, v, q_ranges, k_ranges, attn_type_map, *options = inputs
+    sink, *ctx.options = options[: len(_Options._fields)]
     out, lse, max_logits = output
     ctx.save_for_backward(q, k, v, out, lse, q_ranges, k_ranges, attn_type_map, sink)
     ctx.mark_non_differentiable(max_logits)
@@ -164,11 +180,11 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     """``mask``: of the tables that were saved, where it is known."""
     if dout is None and dlse is None:
-        return (None,) * 12
+        return (None,) * 13
     # Once: hooks that offload or recompute what was saved pay for every reading.
     q, k, v, out, lse, q_ranges, k_ranges, attn_type_map, sink = ctx.saved_tensors
     inputs = (dout, dlse, q, k, v, sink)
-    options = _Options(sink, *ctx.options[:-1])
+    options = _Options(sink, *ctx.options)
     dout = torch.zeros_like(out) if dout is None else dout
     if mask is None:
         grads = flex_flash_attn_backward(dout, dlse, q, k, v, out, lse, q_ranges, k_ranges, attn_type_map, *options)
@@ -177,14 +193,14 @@ def _differentiate(
             grads = _run_backward(dout, q, k, v, lse, row_deltas(out, lse, dout, dlse), mask, options)
         grads = as_once_differentiable("flex_flash_attn_func", grads, inputs)
     dq, dk, dv, dsink = grads
-    return dq, dk, dv, None, None, None, None if sink is None else dsink, *(None,) * 5
+    return dq, dk, dv, None, None, None, None if sink is None else dsink, *(None,) * 6
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> None:
     raise refusal("flex_flash_attn_func")
 
 
-flex_flash_attn.register_autograd(_differentiate, setup_context=_save)
+forward_operator.register_autograd(_differentiate, setup_context=_save)
 flex_flash_attn_backward.register_autograd(_refuse)
 
 
@@ -200,7 +216,7 @@ class FlexFlashAttention(torch.autograd.Function):
         q, k, v, q_ranges, k_ranges, attn_type_map, *options, return_max_logits = inputs
         ctx.mask = None
         if is_in_torch_dispatch_mode():
-            output: tuple[Tensor, Tensor, Tensor] = flex_flash_attn(*inputs)
+            output = flex_flash_attn(*inputs)
         else:
             ctx.mask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
             ctx.device, ctx.is_captured = q.device, is_capturing(q.device)
