@@ -42,10 +42,10 @@ def _row_dots_kernel(
     m = m_rows[:, None] & (o_c < num_columns)[None, :]
     b_out = tl.load(p_out + (o_q * s_ot + o_h * s_oh)[:, None] + o_c[None, :] * s_oc, mask=m, other=0.0)
     b_dout = tl.load(p_dout + (o_q * s_dt + o_h * s_dh)[:, None] + o_c[None, :] * s_dc, mask=m, other=0.0)
-    b_dots = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
     # 0 * NaN is NaN: a row whose out is all 0 gives 0 whatever dout holds, see `kernels.row_dots`.
     m_some = tl.sum((b_out != 0).to(tl.int32), 1) > 0
-    tl.store(p_dots + o_rows, tl.where(m_some, b_dots, 0.0), mask=m_rows)
+    b_dout = tl.where(m_some[:, None], b_dout.to(tl.float32), 0.0)
+    tl.store(p_dots + o_rows, tl.sum(b_out.to(tl.float32) * b_dout, 1), mask=m_rows)
 
 
 _launch = Launcher(_row_dots_kernel)
