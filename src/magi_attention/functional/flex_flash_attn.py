@@ -147,7 +147,7 @@ def flex_flash_attn_func(
         q: Tensor, k: Tensor, v: Tensor, tables: Tables, sink: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         result: tuple[Tensor, Tensor, Tensor] = attend(
-            q, k, v, *map(as_saveable, tables), sink, sink_layout, scale, softcap, deterministic, return_max_logits
+            q, k, v, *as_saveable(*tables), sink, sink_layout, scale, softcap, deterministic, return_max_logits
         )
         return result
 

@@ -46,15 +46,15 @@ def kernel_mask(q_ranges: Tensor, k_ranges: Tensor, types: Tensor | None, num_q:
     return _device_mask(q_ranges, k_ranges, types, num_q, num_k)
 
 
-def as_saveable(table: Tensor | None) -> Tensor | None:
-    """``table``, or a copy if it was made under `torch.inference_mode` and gradients are on.
+def as_saveable(*tables: Tensor | None) -> tuple[Tensor | None, ...]:
+    """``tables``; where gradients are on, those made under `torch.inference_mode` are copied.
 
     Autograd does not save tensors of inference mode. Each call copies: writes to such a tensor are
     not counted, so a kept copy could be out of date.
     """
-    if table is None or torch.compiler.is_compiling() or not table.is_inference() or not torch.is_grad_enabled():
-        return table
-    return table.clone()
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return tables
+    return tuple(table.clone() if table is not None and table.is_inference() else table for table in tables)
 
 
 @lru_cache(maxsize=16)
