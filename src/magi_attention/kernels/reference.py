@@ -1,6 +1,7 @@
 """Attention as its formula reads: dense, in the accumulation dtype, on any device. The twin that the other backends are held to.
 
-Its memory grows with ``num_q * num_k``; it is for float64, tests and small inputs.
+Its memory grows with ``num_q * num_k``; it is for float64, tests and small inputs. NaN and infinity in a row of q, k, v or dout reach
+exactly the queries and keys that attend, or are attended by, that row.
 
 Shapes: i queries, j keys, h query heads, d head dim of q/k, e head dim of v. k and v are repeated to the query heads.
 """
@@ -12,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from magi_attention.kernels.attended_products import all_finite, attended_product
 from magi_attention.kernels.interface import AttnSettings, KernelMask, Partial
 from magi_attention.kernels.partials import finite_lse, merge_
 from magi_attention.kernels.precision import accumulation_dtype, without_autocast
@@ -43,7 +45,7 @@ def forward(
     logits = _cap(scaled, settings.softcap).masked_fill(~attended, -math.inf)
     lse = torch.logsumexp(logits, dim=-1)  # [h, i]
     probs = torch.exp(logits - finite_lse(lse).unsqueeze(-1))
-    out = torch.einsum("hij,jhe->ihe", probs, v)
+    out = _sum_attended(probs, v, None if all_finite(v) else ~attended)
     max_logits = None
     if settings.return_max_logits:
         nothing = scaled.new_full((len(scaled), 1), -math.inf)
@@ -73,17 +75,23 @@ def backward(
     attended = _attended(mask, q.device)
     q, dout, delta = (_without_idle(x, attended.any(1)) for x in (q, dout, delta))
     k, v = (_without_idle(x, attended.any(0)) for x in (k, v))
+    # Where something is not finite, cells outside the mask are set to 0 once more: 0 * NaN is NaN.
+    outside = None if all_finite(q, k, v, dout, delta, finite_lse(lse)) else ~attended
     capped = _cap(settings.softmax_scale * torch.einsum("ihd,jhd->hij", q, k), settings.softcap)
     logits = capped.masked_fill(~attended, -math.inf)
     lse_h, delta_h = lse.transpose(0, 1).unsqueeze(-1), delta.transpose(0, 1).unsqueeze(-1)  # [h, i, 1]
-    probs = torch.exp(logits - finite_lse(lse_h)).masked_fill(lse_h == -math.inf, 0.0)
+    # No logit is above the lse, except by the rounding of both, which is large where they are.
+    probs = torch.exp((logits - finite_lse(lse_h)).clamp_(max=0.0)).masked_fill_(lse_h == -math.inf, 0.0)
     dlogits = probs * (torch.einsum("ihe,jhe->hij", dout, v) - delta_h)
     if settings.softcap > 0:
         dlogits = dlogits * (1 - (capped / settings.softcap) ** 2)  # d tanh = 1 - tanh^2
     dscaled = settings.softmax_scale * dlogits
-    new_dq = torch.einsum("hij,jhd->ihd", dscaled, k)
-    dk = _sum_heads(torch.einsum("hij,ihd->jhd", dscaled, q), num_heads_kv).to(grad_dtype)
-    dv = _sum_heads(torch.einsum("hij,ihe->jhe", probs, dout), num_heads_kv).to(grad_dtype)
+    if outside is not None:
+        probs, dscaled = (x.masked_fill(outside, 0.0) for x in (probs, dscaled))
+    outside_by_key = None if outside is None else outside.T
+    new_dq = _sum_attended(dscaled, k, outside)
+    dk = _sum_heads(_sum_attended(dscaled.transpose(1, 2), q, outside_by_key), num_heads_kv).to(grad_dtype)
+    dv = _sum_heads(_sum_attended(probs.transpose(1, 2), dout, outside_by_key), num_heads_kv).to(grad_dtype)
     return (new_dq.to(grad_dtype) if dq is None else dq.add_(new_dq)), dk, dv
 
 
@@ -95,6 +103,13 @@ def _attended(mask: KernelMask, device: torch.device) -> Tensor:
 def _without_idle(x: Tensor, is_busy: Tensor) -> Tensor:
     """Rows of padding may hold NaN, and 0 * NaN is NaN: rows that attend nothing, or that nothing attends, are 0 here."""
     return x.masked_fill(~is_busy.view(-1, *[1] * (x.dim() - 1)), 0.0)
+
+
+def _sum_attended(weights: Tensor, rows: Tensor, outside: Tensor | None) -> Tensor:
+    """``[h, m, n]``, ``[n, h, e]`` to ``[m, h, e]``. ``outside``, ``[m, n]``, where rows may not be finite."""
+    if outside is None:
+        return torch.einsum("hmn,nhe->mhe", weights, rows)
+    return attended_product(weights, rows.transpose(0, 1), outside).transpose(0, 1)
 
 
 def _cap(scaled: Tensor, softcap: float) -> Tensor:

@@ -6,12 +6,16 @@ softmax of Milakov and Gimelshein (2018) forward and the recomputed probabilitie
 
 Low-precision tiles are widened before they are multiplied: torch's CPU products of bfloat16 round their results to it.
 
+NaN and infinity in a row of q, k, v or dout reach exactly the queries and keys that attend, or are attended by, that row. Inputs are
+looked at once a call; where one is not finite, products are made by `attended_product`.
+
 Shapes: num_q, num_k tokens; hq = hk * g heads; d, dv head dims. Inside a tile of r queries the g query heads that share a key head
 are rows of one matrix, ``[hk, r * g, ...]`` with row ``i * g + head``: k and v are read once for all of them, and never repeated.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from magi_attention.kernels.attended_products import all_finite, attended_product
 from magi_attention.kernels.interface import AttnSettings, KernelMask, Partial
-from magi_attention.kernels.partials import empty_partial, merge_
+from magi_attention.kernels.partials import empty_partial, finite_lse, merge_
 from magi_attention.kernels.precision import accumulation_dtype, without_autocast
 from magi_attention.mask.bands import K0, K1, Q0, expand, split_q, tighten
 
@@ -79,9 +84,10 @@ def forward(
     if partial is None:
         partial = empty_partial(q, v.shape[2], out_dtype, with_max_logits=settings.return_max_logits)
     top = torch.full((hk, hq // hk), -math.inf, dtype=wide, device=q.device)
+    is_finite = all_finite(v)
     for tile in _cut(mask, hq):
         q_rows = _rows(q[tile.q0 : tile.q1], hk, wide) * settings.softmax_scale
-        out, lse, tile_top = _attend(q_rows, k, v, tile, settings)
+        out, lse, tile_top = _attend(q_rows, k, v, tile, settings, is_finite)
         torch.maximum(top, tile_top, out=top)
         rows = Partial(partial.out[tile.q0 : tile.q1], partial.lse[tile.q0 : tile.q1], None)
         if into is None:
@@ -94,8 +100,13 @@ def forward(
     return partial
 
 
-def _attend(q_rows: Tensor, k: Tensor, v: Tensor, tile: _Tile, settings: AttnSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """One tile of scaled queries ``[hk, r * g, d]``: ``(out [hk, r * g, dv], lse [hk, r * g], largest logit [hk, g])``."""
+def _attend(
+    q_rows: Tensor, k: Tensor, v: Tensor, tile: _Tile, settings: AttnSettings, is_finite: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One tile of scaled queries ``[hk, r * g, d]``: ``(out [hk, r * g, dv], lse [hk, r * g], largest logit [hk, g])``.
+
+    ``is_finite``: all of v is.
+    """
     hk, num_rows, _ = q_rows.shape
     group = num_rows // (tile.q1 - tile.q0)
     row_max = q_rows.new_full((hk, num_rows), -math.inf)
@@ -117,7 +128,11 @@ def _attend(q_rows: Tensor, k: Tensor, v: Tensor, tile: _Tile, settings: AttnSet
         row_max[:, rows] = new_max
         probs = logits.sub_(new_max.unsqueeze(-1)).exp_()
         row_sum[:, rows] = row_sum[:, rows].mul_(shrink).add_(probs.sum(dim=-1))
-        out[:, rows] = torch.baddbmm(out[:, rows].mul_(shrink.unsqueeze(-1)), probs, _heads(v[keys], q_rows.dtype))
+        sums, values = out[:, rows].mul_(shrink.unsqueeze(-1)), _heads(v[keys], q_rows.dtype)
+        if is_finite:
+            out[:, rows] = torch.baddbmm(sums, probs, values)
+        else:
+            out[:, rows] = sums + attended_product(probs, values, _outside_rows(outside, group))
     lse = row_max + torch.log(row_sum)
     out.div_(row_sum.masked_fill(row_sum == 0, 1.0).unsqueeze(-1))
     return out, lse, top.unflatten(1, (-1, group)).amax(dim=1)
@@ -142,13 +157,16 @@ def backward(
     new_dq = torch.zeros(q.shape, dtype=grad_dtype, device=q.device) if dq is None else dq
     dk = torch.zeros(k.shape, dtype=wide, device=k.device)
     dv = torch.zeros(v.shape, dtype=wide, device=v.device)
+    is_finite = all_finite(q, k, v, dout, delta, finite_lse(lse))
     # exp(s - inf) = 0: rows that attend nothing get no probability.
     lse = lse.masked_fill(lse == -math.inf, math.inf)
     for tile in _cut(mask, hq):
         queries = slice(tile.q0, tile.q1)
         q_rows = _rows(q[queries], hk, wide) * settings.softmax_scale
         statistics = _rows(lse[queries].unsqueeze(-1), hk, wide), _rows(delta[queries].unsqueeze(-1), hk, wide)
-        dq_rows = _add_gradients(q_rows, k, v, _rows(dout[queries], hk, wide), *statistics, tile, settings, dk, dv)
+        dq_rows = _add_gradients(
+            q_rows, k, v, _rows(dout[queries], hk, wide), *statistics, tile, settings, is_finite, dk, dv
+        )
         new_dq[queries] += _unrows(dq_rows.mul_(settings.softmax_scale), hq)
     return new_dq, dk.to(grad_dtype), dv.to(grad_dtype)
 
@@ -162,12 +180,13 @@ def _add_gradients(
     delta: Tensor,
     tile: _Tile,
     settings: AttnSettings,
+    is_finite: bool,
     dk: Tensor,
     dv: Tensor,
 ) -> Tensor:
     """Add one tile's part to ``dk``, ``dv``; returns the gradient of the scaled queries ``[hk, r * g, d]``.
 
-    ``q_rows``, ``dout_rows``, ``lse``, ``delta``: ``[hk, r * g, d | dv | 1 | 1]``.
+    ``q_rows``, ``dout_rows``, ``lse``, ``delta``: ``[hk, r * g, d | dv | 1 | 1]``. ``is_finite``: all inputs are.
     """
     wide, group = q_rows.dtype, q_rows.shape[1] // (tile.q1 - tile.q0)
     dq_rows = torch.zeros_like(q_rows)
@@ -181,14 +200,25 @@ def _add_gradients(
             capped = logits.div_(settings.softcap).tanh_()
             slope = 1 - capped.square()
             logits = capped.mul_(settings.softcap)
-        _fill(logits, _outside(piece, q_rows.device), group)
-        probs = logits.sub_(lse[:, rows]).exp_()
-        _heads(dv[keys], wide).add_(torch.bmm(probs.transpose(1, 2), dout_piece))
+        outside = _outside(piece, q_rows.device)
+        _fill(logits, outside, group)
+        # No logit is above the lse, except by the rounding of both, which is large where they are.
+        probs = logits.sub_(lse[:, rows]).clamp_(max=0.0).exp_()
         dlogits = torch.bmm(dout_piece, v_piece.transpose(1, 2)).sub_(delta[:, rows]).mul_(probs)
         if slope is not None:
             dlogits.mul_(slope)
-        dq_rows[:, rows] += torch.bmm(dlogits, k_piece)
-        _heads(dk[keys], wide).add_(torch.bmm(dlogits.transpose(1, 2), q_piece))
+        product, product_by_key = torch.bmm, torch.bmm
+        if not is_finite:  # then cells outside the mask are set to 0 once more: 0 * NaN is NaN
+            _fill(probs, outside, group, 0.0)
+            _fill(dlogits, outside, group, 0.0)
+            rows_outside = _outside_rows(outside, group)
+            product = functools.partial(attended_product, outside=rows_outside)
+            product_by_key = functools.partial(
+                attended_product, outside=None if rows_outside is None else rows_outside.T
+            )
+        _heads(dv[keys], wide).add_(product_by_key(probs.transpose(1, 2), dout_piece))
+        dq_rows[:, rows] += product(dlogits, k_piece)
+        _heads(dk[keys], wide).add_(product_by_key(dlogits.transpose(1, 2), q_piece))
     return dq_rows
 
 
@@ -222,9 +252,15 @@ def _outside(piece: _Piece, device: torch.device) -> Tensor | None:
     return outside
 
 
-def _fill(logits: Tensor, outside: Tensor | None, group: int) -> None:
+def _outside_rows(outside: Tensor | None, group: int) -> Tensor | None:
+    """``[r, keys]`` to ``[r * g, keys]``."""
+    return None if outside is None else outside.repeat_interleave(group, dim=0)
+
+
+def _fill(cells: Tensor, outside: Tensor | None, group: int, value: float = -math.inf) -> None:
+    """``cells``: ``[hk, r * g, keys]``; ``outside``: ``[r, keys]``."""
     if outside is not None:
-        logits.unflatten(1, (-1, group)).masked_fill_(outside.unsqueeze(1), -math.inf)
+        cells.unflatten(1, (-1, group)).masked_fill_(outside.unsqueeze(1), value)
 
 
 def _cut(mask: KernelMask, num_heads_q: int) -> list[_Tile]:

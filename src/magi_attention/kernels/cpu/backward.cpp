@@ -7,6 +7,7 @@
 #include "bands.h"
 #include "pack.h"
 #include "partition.h"
+#include "score_gradients.h"
 
 namespace {
 
@@ -55,39 +56,11 @@ struct Kernel {
 
   int group() const { return (int)(p.hq / p.hk); }
 
-  // One row of a tile, while its scores are differentiated.
-  struct Row {
-    vf minus_lse, delta;
-    int r0, r1;  // the columns that it attends
-  };
-
   Row row_of_tile(const BandTile& x, const Strips& strips, int row, int64_t kv) const {
     if (row >= x.rows) return {vf{}, vf{}, 0, 0};
     int64_t q = x.query(row), at = x.a * p.hq + kv * group() + x.skipped + row + (q - x.a) * (p.hq - group());
     bool any = in.lse[at] != -INFINITY;
-    return {splat(-in.lse[at] * LOG2E), splat(in.delta[at] * p.scale), any ? strips.rows[row].begin : 0, any ? strips.rows[row].end : 0};
-  }
-
-  struct Gradient { vf prob, dscore; };
-
-  // Of VL scores and gradients of probabilities; dscore is times the scale, as dq and dk need it.
-  template <bool PARTIAL>
-  Gradient differentiate(const Row& row, int c, vf score, vf dprob) const {
-    vf logit, slope = splat(1.f);
-    if (p.softcap > 0) {
-      vf t = tanhv(score * (p.scale / p.softcap));
-      logit = t * (p.softcap * LOG2E) + row.minus_lse;
-      slope = 1.f - t * t;
-    } else {
-      logit = score * (p.scale * LOG2E) + row.minus_lse;
-    }
-    vf prob = exp2v(logit), dscore = prob * (dprob * p.scale - row.delta);
-    if (p.softcap > 0) dscore = dscore * slope;
-    if (PARTIAL) {
-      vi attended = inside(c, row.r0, row.r1);
-      prob = attended ? prob : vf{}, dscore = attended ? dscore : vf{};
-    }
-    return {prob, dscore};
+    return {splat(in.lse[at]), splat(in.delta[at] * p.scale), any ? strips.rows[row].begin : 0, any ? strips.rows[row].end : 0};
   }
 
   // E::n rows of a tile from one on; columns [begin, end), whole vectors.
@@ -99,7 +72,7 @@ struct Kernel {
     for (int i = 1; i < E::n; i++) full_begin = std::max(full_begin, row[i].r0), full_end = std::min(full_end, row[i].r1);
     auto act = [&](int c, auto partial) {
       Gradient of[E::n];
-      for (int i = 0; i < E::n; i++) of[i] = differentiate<partial>(row[i], c, load(score + i * LEAD + c), load(dscore + i * LEAD + c));
+      for (int i = 0; i < E::n; i++) of[i] = differentiate<partial>(p, row[i], c, load(score + i * LEAD + c), load(dscore + i * LEAD + c));
       for (int i = 0; i < E::n; i++) E::put(dscore + i * LEAD, c, of[i].dscore);
       if constexpr (E::n == 1) {
         store(score + c, of[0].prob);
@@ -136,18 +109,19 @@ struct Kernel {
   };
 
   // A tile of rows against the packed keys [packed) of its block.
-  void tile(const BandTile& x, int64_t kv, int64_t part, const Across& k, const Range& packed, Ahead ahead) const {
+  void tile(const BandTile& x, int64_t kv, int64_t part, const Across& k, bool finite_k, const Range& packed, Ahead ahead) const {
     Strips strips(x);
     auto fetch_some = [&] { ahead.fetch_some(); };
     each_row(x, [&](int64_t query, int g) {
       if (!parts.written_once(query)) prefetch<true>(parts.dq_row(part, query, kv * x.group + g), p.d * (int64_t)sizeof(float));
     });
-    TileRows q = tile_rows<T>(p.q, x, kv, s.in, s.q_rows), dout = tile_rows<D>(in.dout, x, kv, s.out, s.dout_rows);
-    Across q_across = q.across(s.q_across), dout_across = dout.across(s.dout_across);
+    Scan<E> seen_q, seen_dout;
+    TileRows q = tile_rows<T>(p.q, x, kv, s.in, s.q_rows, seen_q), dout = tile_rows<D>(in.dout, x, kv, s.out, s.dout_rows, seen_dout);
+    Across q_across = q.across(s.q_across, seen_q), dout_across = dout.across(s.dout_across, seen_dout);
     auto along = [&](const TileRows& rows, const float* panels, float* to) {
       each_panel(strips, [&](int c, int vectors, const Strip& strip) {
         multiply<E>(strip.rows, vectors, (int)rows.columns.words, rows.left(strip.row),
-                    {panels + c / NR * NR * rows.columns.stride + c % NR, NR}, Sums{to + strip.row * LEAD + c, LEAD, false});
+                    {panels + c / NR * NR * rows.columns.stride + c % NR, NR}, Scores{to + strip.row * LEAD + c, LEAD});
         fetch_some();
       });
     };
@@ -156,9 +130,9 @@ struct Kernel {
     for (const Strip& strip : strips)
       for (int r = strip.row; r < strip.row + strip.rows; r += E::n) differentiate_rows(x, strips, r, kv, strip.first(), strip.last());
     Range keys{std::max(packed.begin, x.band.k0 - x.keys.begin), std::min(packed.end, x.band.k1 - x.keys.begin)};
-    to_queries(x, strips, kv, part, k, keys, fetch_some);
-    to_keys(s.probs_across(), dout_across, s.out, s.dv, x, value_output(kv), fetch_some);
-    to_keys(s.dscores_across(), q_across, s.in, s.dk, x, key_output(kv), fetch_some);
+    to_queries(x, strips, kv, part, k, keys, finite_k, fetch_some);
+    to_keys(s.probs_across(), dout_across, s.out, s.dv, x, value_output(kv), seen_dout.all_finite(), fetch_some);
+    to_keys(s.dscores_across(), q_across, s.in, s.dk, x, key_output(kv), seen_q.all_finite(), fetch_some);
   }
 
   // The rows of a tile, and one of zeros, which completes the last word.
@@ -172,30 +146,33 @@ struct Kernel {
       if constexpr (E::n == 1) return Left{at[row], (long)columns.stride, 1};
       else return LeftRows{at + row};
     }
-    Across across(float* to) const {
+    Across across(float* to, Scan<E>& seen) const {
       if constexpr (E::n == 1) return {at[0], columns.stride, NR};
-      else return pack_across<E>([&](int64_t i) { return (const char*)at[i]; }, columns, MOST_ROWS, 0, count + count % 2, to);
+      else return pack_across<E>([&](int64_t i) { return (const char*)at[i]; }, columns, MOST_ROWS, 0, count + count % 2, to, seen);
     }
   };
 
-  // Where they lie if they can be used so, else copies. Single floats are copied: products read them again and again.
+  // Where they lie if they can be used so, else copies. Single floats are copied: products read them again and again. They are seen as they are
+  // copied; pairs, as they are packed across.
   template <class X>
-  TileRows tile_rows(const View& from, const BandTile& x, int64_t kv, const Columns<E>& columns, float* copy) const {
+  TileRows tile_rows(const View& from, const BandTile& x, int64_t kv, const Columns<E>& columns, float* copy, Scan<E>& seen) const {
     TileRows to{columns, x.rows, {}};
     Rows<X> rows(from, x.a, kv * x.group, x.group, x.skipped, x.rows);
     if (E::n > 1 && lie_as_words<X>(from, columns) && are_vectors<X>(columns)) {
       for (int i = 0; i < x.rows; i++) to.at[i] = (const float*)rows.next();
     } else {
-      copy_rows<X, E>(rows, columns, copy);
+      copy_rows<X, E>(rows, columns, copy, seen);
       for (int i = 0; i < x.rows; i++) to.at[i] = copy + i * columns.stride;
     }
     to.at[x.rows] = s.zeros;
     return to;
   }
 
-  // dq += dS K. Keys that share a word with those that a strip attends may be multiplied by its zeros where they are of `keys`.
+  // dq += dS K. Keys that share a word with those that a strip attends may be multiplied by its zeros where they are of `keys`; but 0 times a key
+  // that is not `finite` would be NaN, so then a row is multiplied by its own keys alone.
   template <class Between>
-  void to_queries(const BandTile& x, const Strips& strips, int64_t kv, int64_t part, const Across& k, const Range& keys, Between&& between) const {
+  void to_queries(const BandTile& x, const Strips& strips, int64_t kv, int64_t part, const Across& k, const Range& keys, bool finite,
+                  Between&& between) const {
     T* results[MOST_ROWS];
     bool all_leave = leaves(p.d);
     int row = 0;
@@ -203,14 +180,17 @@ struct Kernel {
       results[row++] = (T*)in.dq + (q * p.hq + kv * x.group + g) * p.d;
       all_leave &= parts.written_once(q);
     });
+    auto product = [&](int64_t c, int first, int rows, const Range& used) {
+      Left left{s.dscores + first * LEAD, LEAD, 1};
+      Sums sums{s.dq + first * s.in.padded + c, (long)s.in.padded, false};
+      Results<T> to{sums, nullptr, results + first, c, stream_q};
+      multiply_elements<E>(rows, s.in.vectors(c), used, left, k.at(c), sums, all_leave ? &to : nullptr);
+      between();
+    };
     for (int64_t c = 0; c < s.in.padded; c += NR)
       for (const Strip& strip : strips) {
-        Range used = whole_words<E>({strip.begin, strip.end}, keys);
-        Left left{s.dscores + strip.row * LEAD, LEAD, 1};
-        Sums sums{s.dq + strip.row * s.in.padded + c, (long)s.in.padded, false};
-        Results<T> to{sums, nullptr, results + strip.row, c, stream_q};
-        multiply_elements<E>(strip.rows, s.in.vectors(c), used, left, k.at(c), sums, all_leave ? &to : nullptr);
-        between();
+        if (finite) product(c, strip.row, strip.rows, whole_words<E>({strip.begin, strip.end}, keys));
+        else for (int r = strip.row; r < strip.row + strip.rows; r++) product(c, r, 1, {strips.rows[r].begin, strips.rows[r].end});
       }
     if (all_leave) return;
     const float* from = s.dq;
@@ -249,26 +229,27 @@ struct Kernel {
   // Whether results may leave products as they are made.
   bool leaves(int64_t columns) const { return may_leave<E, T>(columns, !in.narrow); }
 
-  // sums [keys, columns] += weights^T [keys, rows] rows [rows, columns].
+  // sums [keys, columns] += weights^T [keys, rows] rows [rows, columns]. Where the rows are not `finite`, a key is multiplied by its own queries
+  // alone: 0 times others would be NaN.
   template <class Between>
   void to_keys(const float* weights, const Across& rows, const Columns<E>& columns, SumRows& sums, const BandTile& x, const Output& output,
-               Between&& between) const {
+               bool finite, Between&& between) const {
     const Band& band = x.band;
-    int key_begin = (int)x.attended().begin, key_end = (int)x.attended().end;
+    int key_begin = (int)x.attended().begin, key_end = (int)x.attended().end, most = finite ? MR : 1;
     // The rows whose queries attend one of the keys from c on, before c + num.
     auto rows_of = [&](int c, int num) {
       int64_t key = x.keys.begin + c - x.a;  // queries are counted from the tile's first
       int64_t first = std::max<int64_t>(0, key - band.hi), last = std::min<int64_t>(x.rows + 1, key + num - band.lo);
       Range rows{std::max<int64_t>(0, first * x.group - x.skipped), std::min<int64_t>(x.rows, last * x.group - x.skipped)};
-      return whole_words<E>(rows, {0, x.rows + x.rows % E::n});
+      return finite ? whole_words<E>(rows, {0, x.rows + x.rows % E::n}) : rows;
     };
     struct Part {
       Range used;
       bool leaves, add;
-    } parts[BLOCK_K / MR + 1];
+    } parts[BLOCK_K];
     bool may_leave = s.any_once && leaves(output.columns);
-    for (int c = key_begin, i = 0; c < key_end; c += MR, i++) {
-      int num = std::min(MR, key_end - c);
+    for (int c = key_begin, i = 0; c < key_end; c += most, i++) {
+      int num = std::min(most, key_end - c);
       Part& part = parts[i] = {rows_of(c, num), false, false};
       if (part.used.empty()) continue;
       part.leaves = may_leave && std::all_of(s.times + c, s.times + c + num, [](int times) { return times == 1; });
@@ -276,8 +257,8 @@ struct Kernel {
       else part.add = sums.prepare(c, num);
     }
     for (int64_t e = 0; e < columns.padded; e += NR)
-      for (int c = key_begin, i = 0; c < key_end; c += MR, i++) {
-        int num = std::min(MR, key_end - c);
+      for (int c = key_begin, i = 0; c < key_end; c += most, i++) {
+        int num = std::min(most, key_end - c);
         const Part& part = parts[i];
         if (part.used.empty()) continue;
         Left left{weights + c, 1, E::n * LEAD};
@@ -312,14 +293,16 @@ struct Kernel {
     count_tiles(count);
     s.dk.reset(count), s.dv.reset(count);
     Across k{};
+    Scan<E> seen;
     if (!packed.empty()) {
       int first = (int)packed.begin, last = (int)packed.end;
       WordRows k_rows = word_rows<T>(p.k, keys.begin, kv, first, last, s.in, s.k_rows);
       pack_along<E, NR>(k_rows, s.in, first, last, s.k_along);
-      k = rows_across<E>(k_rows, s.in, first, last, s.k_rows, s.k_across);
+      k = rows_across<E>(k_rows, s.in, first, last, s.k_rows, s.k_across, seen);
       pack_along<E, NR>(word_rows<T>(p.v, keys.begin, kv, first, last, s.out, s.v_rows), s.out, first, last, s.v_along);
     }
-    for (size_t i = 0; i < s.tiles.size(); i++) tile(s.tiles[i], kv, part, k, packed, after(i, kv, next));
+    bool finite = seen.all_finite();
+    for (size_t i = 0; i < s.tiles.size(); i++) tile(s.tiles[i], kv, part, k, finite, packed, after(i, kv, next));
     finish(s.dk, keys, key_output(kv)), finish(s.dv, keys, value_output(kv));
   }
 

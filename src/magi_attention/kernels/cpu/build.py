@@ -20,7 +20,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = ("interface.cpp", "forward.cpp", "backward.cpp")
-HEADERS = ("attention.h", "bands.h", "elements.h", "lanes.h", "pack.h", "partition.h", "product.h", "simd.h")
+HEADERS = (
+    "attention.h",
+    "bands.h",
+    "elements.h",
+    "lanes.h",
+    "pack.h",
+    "partition.h",
+    "product.h",
+    "score_gradients.h",
+    "simd.h",
+)
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-fPIC", "-shared")
 COMPILERS = ("g++", "c++", "clang++")
 

@@ -24,7 +24,7 @@ struct Tile {
   bool packed;
 };
 
-// What a worker needs for a stretch. Logits are in units of log 2.
+// What a worker needs for a stretch. Tops are scores (see Softmax).
 struct Scratch {
   Buffer k_rows, v_rows, values, q_rows, q, q_once, scores, top, total, lse, weights, raw_top;
   SumRows out;
@@ -56,6 +56,7 @@ struct Kernel {
   Columns<E> k_columns{p.d}, v_columns{p.dv};
 
   int group() const { return (int)(p.hq / p.hk); }
+  Softmax<E> softmax() const { return {p.scale, p.softcap}; }
 
   // act(job) for all jobs of a stretch.
   template <class Act>
@@ -113,12 +114,14 @@ struct Kernel {
         int begin = (int)(packed.begin - keys.begin), end = (int)(packed.end - keys.begin);
         Left key_rows = left_rows<T>(k.p.k, keys.begin, kv, begin, end, k.k_columns, s.k_rows);
         WordRows value_rows = word_rows<T>(k.p.v, keys.begin, kv, begin, end, k.v_columns, s.v_rows);
-        Across values = rows_across<E>(value_rows, k.v_columns, begin, end, s.v_rows, s.values);
+        Scan<E> seen;
+        Across values = rows_across<E>(value_rows, k.v_columns, begin, end, s.v_rows, s.values, seen);
+        bool finite = seen.all_finite();
         for (size_t i = first; i < last; i++) {
           const Job& job = s.jobs[i];
           bool is_last = is_last_of_piece(i);
           int64_t piece = job.piece - first_piece;
-          for (int t = s.first_tile[piece]; t < s.first_tile[piece + 1]; t++) attend(s.tiles[t], job, keys, key_rows, values, is_last);
+          for (int t = s.first_tile[piece]; t < s.first_tile[piece + 1]; t++) attend(s.tiles[t], job, keys, key_rows, values, finite, is_last);
         }
       }
       finish();
@@ -151,7 +154,7 @@ struct Kernel {
     }
 
     // `is_last`: nothing comes after it for these rows, so that results leave with the last product.
-    void attend(Tile& tile, const Job& job, const Range& keys, const Left& key_rows, const Across& values, bool is_last) {
+    void attend(Tile& tile, const Job& job, const Range& keys, const Left& key_rows, const Across& values, bool finite, bool is_last) {
       const auto& k = kernel;
       LaneSpans x(k.p.bands[job.band], k.queries_of(job), keys, {tile.a, tile.skipped, tile.rows, k.group(), k.lane_queries.data() + tile.skipped});
       if (!x.any()) return;
@@ -159,7 +162,7 @@ struct Kernel {
       float* q = once ? s.q_once : s.q + tile.place * k.k_columns.stride;
       if (!tile.packed) pack(tile, q);
       multiply_keys(x, key_rows, q);
-      Softmax<E> softmax{k.p.scale, k.p.softcap};
+      Softmax<E> softmax = k.softmax();
       for (int v = x.lanes.begin / VL; v * VL < x.lanes.end; v++) {
         int64_t at = tile.place + v * VL;
         vf top = raise_tops(at, softmax.top(x, v, s.scores, s.raw_top + at));
@@ -167,7 +170,7 @@ struct Kernel {
         if (leaves) sum_up(at);
       }
       Range allowed = k.keys_of(job);
-      multiply_values(x, tile, {allowed.begin - keys.begin, allowed.end - keys.begin}, values, leaves, once && leaves);
+      multiply_values(x, tile, {allowed.begin - keys.begin, allowed.end - keys.begin}, values, finite, leaves, once && leaves);
     }
 
     // Scores of the keys that a tile attends. This and what follows are inlined so that what is fetched stays in registers: a call costs 2%.
@@ -181,26 +184,29 @@ struct Kernel {
         for (int v = begin; v < end; v += PANEL - v % PANEL) {
           int vectors = std::min(end, v / PANEL * PANEL + PANEL) - v;
           multiply<E>(rows, vectors, (int)columns.words, Left{key_rows.data + c * key_rows.row, key_rows.row, 1},
-                      {q + v / PANEL * PANEL * VL * columns.stride + v % PANEL * VL, PANEL * VL}, Sums{s.scores + c * LANES + v * VL, LANES, false});
+                      {q + v / PANEL * PANEL * VL * columns.stride + v % PANEL * VL, PANEL * VL}, Scores{s.scores + c * LANES + v * VL, LANES});
           fetch_some();
         }
       }
     }
 
     // Probabilities times values, to the sums of a tile, or as results. Keys that share a word with those that a strip attends may be multiplied by
-    // its zeros where they are `allowed`. `fresh`: there are no sums yet, and will be none.
+    // its zeros where they are `allowed`; but 0 times a value that is not `finite` would be NaN, so then a row is multiplied by its own keys alone.
+    // `fresh`: there are no sums yet, and will be none.
     __attribute__((always_inline)) void multiply_values(const LaneSpans& x, const Tile& tile, const Range& allowed, const Across& values,
-                                                        bool leaves, bool fresh) {
+                                                        bool finite, bool leaves, bool fresh) {
       const Columns<E>& columns = kernel.v_columns;
       struct Part {
         int row, rows;
         Range used;
         bool add;
-      } parts[LANES / MR], *end = parts;
-      for (int row = x.lanes.begin; row < x.lanes.end; row += MR) {
-        int rows = std::min(MR, x.lanes.end - row);
-        Span attended = x.strip(row, rows);
-        *end++ = {row, rows, whole_words<E>({attended.begin, attended.end}, allowed), !fresh && s.out.prepare(tile.place + row, rows)};
+      } parts[LANES], *end = parts;
+      int most = finite ? MR : 1;
+      for (int row = x.lanes.begin; row < x.lanes.end; row += most) {
+        int rows = std::min(most, x.lanes.end - row);
+        Span strip = x.strip(row, rows);
+        Range attended{strip.begin, strip.end};
+        *end++ = {row, rows, finite ? whole_words<E>(attended, allowed) : attended, !fresh && s.out.prepare(tile.place + row, rows)};
       }
       T* results[LANES];
       if (leaves) place_results(tile, x.lanes, results);
@@ -254,7 +260,8 @@ struct Kernel {
       vf top = highest > before ? highest : before;
       store(s.top + j, top);
       if (!any(shrinks)) return top;
-      vf shrink = shrinks ? exp2v(before - highest) : splat(1.f);
+      Softmax<E> softmax = kernel.softmax();
+      vf shrink = shrinks ? exp2v((softmax.logit(before) - softmax.logit(highest)) * LOG2E) : splat(1.f);
       store(s.total + j, load(s.total + j) * shrink);
       for (int i = 0; i < VL; i++) {
         if (!shrinks[i] || s.out.state(j + i) == SumRows::EMPTY) continue;
@@ -267,7 +274,7 @@ struct Kernel {
     // What is left of VL rows when all is summed up.
     void sum_up(int64_t j) const {
       vf sums = load(s.total + j);
-      store(s.lse + j, sums != 0.f ? (load(s.top + j) + log2v(sums)) * LN2 : splat(-INFINITY));
+      store(s.lse + j, sums != 0.f ? kernel.softmax().logit(load(s.top + j)) + log2v(sums) * LN2 : splat(-INFINITY));
       store(s.weights + j, sums != 0.f ? 1.f / sums : vf{});
     }
 
@@ -301,15 +308,16 @@ struct Kernel {
       else write_row(src, weight, p.dv, (T*)o.out_narrow + at * p.dv, kernel.streams);
     }
 
-    // The largest logit of a head, times log2 e, before the softcap. A NaN among them is in its row's total.
+    // The largest logit of a head before the softcap. A NaN among them is in its row's total.
     float top_of(int64_t head) const {
       float top = -INFINITY;
       bool capped = kernel.p.softcap > 0;
+      float factor = std::abs(kernel.softmax().factor());
       int group = kernel.group();
       for (const Tile& tile : s.tiles)
         for (int64_t row = (head - tile.skipped + group) % group; row < tile.rows; row += group) {
           int64_t j = tile.place + row;
-          top = larger(top, std::isnan(s.total[j]) ? s.total[j] : capped ? s.raw_top[j] : s.top[j]);
+          top = larger(top, std::isnan(s.total[j]) ? s.total[j] : capped ? s.raw_top[j] : s.top[j] > -INFINITY ? s.top[j] * factor : s.top[j]);
         }
       return top;
     }
@@ -382,7 +390,7 @@ void run(const Problem& p, const ForwardOutput& o) {
     stretch.q_ahead.skip(FETCHED);
     stretch.run(i);
     if (o.max_logits)
-      for (int64_t g = 0; g < group; g++) tops[i * p.hq + stretch.kv * group + g] = stretch.top_of(g) * LN2;
+      for (int64_t g = 0; g < group; g++) tops[i * p.hq + stretch.kv * group + g] = stretch.top_of(g);
   });
   if (o.max_logits) {
     if (!o.merge) std::fill(o.max_logits, o.max_logits + p.hq, -INFINITY);

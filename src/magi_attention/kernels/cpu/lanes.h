@@ -66,26 +66,21 @@ class LaneSpans {
   int right_of(int lane) const { return std::min(k1, queries[lane] + hi + 1); }
 };
 
-// Scores of a tile, [keys][LANES], to probabilities, as words, [words of keys][LANES], in place. Logits are in units of log 2.
+// Scores of a tile, [keys][LANES], to probabilities, as words, [words of keys][LANES], in place. Logits are natural, and rounded as the backward
+// rounds them: however large they are, the largest less the lse is what it is in exact arithmetic.
 template <class E>
 struct Softmax {
   float scale, softcap;
 
-  float factor() const { return softcap > 0 ? LOG2E : scale * LOG2E; }
+  // A logit is this times a score, or a top times its magnitude.
+  float factor() const { return softcap > 0 ? 1.f : scale; }
+  vf logit(vf top) const { return rounded(top * std::abs(factor())); }
 
-  // The largest logit of each lane of vector v. With a softcap, scores become capped ones, and `raw_top` is raised to the largest before that.
+  // The score of the largest logit of each lane of vector v, negated where the factor is negative. With a softcap, scores become capped ones, and
+  // `raw_top` is raised to the largest logit before that.
   vf top(const LaneSpans& x, int v, float* scores, float* raw_top) const {
-    vf tops[2] = {splat(-INFINITY), splat(-INFINITY)};
-    float f = factor();
     if (softcap > 0) cap(x, v, scores, raw_top);
-    each_key(x, v, 2, [&](int key, auto partial) {
-      for (int i = 0; i < 2; i++) {
-        vf logit = load(scores + (key + i) * LANES + v * VL) * f;
-        if (partial) logit = attended(x, v, key + i) ? logit : splat(-INFINITY);
-        tops[i] = vmax(tops[i], logit);
-      }
-    });
-    return vmax(tops[0], tops[1]);
+    return factor() < 0 ? largest<true>(x, v, scores) : largest<false>(x, v, scores);
   }
 
   // Returns the sum of each lane.
@@ -93,13 +88,13 @@ struct Softmax {
     vf sums[E::n] = {};
     float f = factor();
     float* words = scores + v * VL;
-    top = top > -INFINITY ? top : vf{};  // else no logit less itself would be NaN
+    top = top > -INFINITY ? logit(top) : vf{};  // else no logit less itself would be NaN
     int first = x.first / E::n * E::n;
     for (int key = first; key < x.vectors[v].begin / E::n * E::n; key += E::n) store(words + key / E::n * LANES, vf{});
     each_key(x, v, E::n, [&](int key, auto partial) {
       vf e[E::n];
       for (int i = 0; i < E::n; i++) {
-        e[i] = exp2v(rounded(load(scores + (key + i) * LANES + v * VL) * f) - top);  // as for the top, so that it less itself is 0
+        e[i] = exp2v((rounded(load(scores + (key + i) * LANES + v * VL) * f) - top) * LOG2E);  // as for the top: it less itself is 0
         if (partial) e[i] = attended(x, v, key + i) ? e[i] : vf{};
         sums[i] += e[i];
       }
@@ -111,6 +106,20 @@ struct Softmax {
   }
 
  private:
+  template <bool NEGATED>
+  static vf largest(const LaneSpans& x, int v, const float* scores) {
+    vf tops[2] = {splat(-INFINITY), splat(-INFINITY)};
+    each_key(x, v, 2, [&](int key, auto partial) {
+      for (int i = 0; i < 2; i++) {
+        vf score = load(scores + (key + i) * LANES + v * VL);
+        if (NEGATED) score = -score;
+        if (partial) score = attended(x, v, key + i) ? score : splat(-INFINITY);
+        tops[i] = vmax(tops[i], score);
+      }
+    });
+    return vmax(tops[0], tops[1]);
+  }
+
   static vi attended(const LaneSpans& x, int v, int key) {
     vi left, right;
     memcpy(&left, x.left + v * VL, sizeof left), memcpy(&right, x.right + v * VL, sizeof right);
@@ -132,7 +141,7 @@ struct Softmax {
     each_key(x, v, 1, [&](int key, auto) {
       float* at = scores + key * LANES + v * VL;
       vf logit = load(at) * scale;
-      vf raised = vmax(raw, logit * LOG2E);
+      vf raised = vmax(raw, logit);
       raw = attended(x, v, key) ? raised : raw;
       store(at, tanhv(logit * (1.f / softcap)) * softcap);
     });

@@ -35,21 +35,60 @@ static inline void prefetch(const void* data, int64_t bytes) {
 template <class T, class E>
 constexpr bool are_words = sizeof(T) * E::n == sizeof(float);
 
+// Looks at words that are copied anyway: whether all elements are finite. Sums of 0 times each are 0, or else NaN.
+template <class E>
+class Scan {
+ public:
+  // `chain`: 0 to 3. A sum's next term waits for the one before, so there are four.
+  void see(int chain, vf words) {
+    if constexpr (E::n == 1) {
+      sums[chain] += words * 0.f;
+    } else {
+      sums[chain] += (vf)((vi)words & (int32_t)0xffff0000) * 0.f;
+      sums[chain ^ 2] += (vf)((vu)words << 16) * 0.f;
+    }
+  }
+  bool all_finite() const {
+    vf sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return !any(sum != 0.f);  // NaN is not 0
+  }
+
+ private:
+  vf sums[4] = {};
+};
+struct NoScan {
+  void see(int, vf) {}
+};
+
 // One row; its words past its columns are 0.
-template <class T, class E>
-static inline void copy_row(const T* __restrict src, const Columns<E>& columns, float* __restrict to) {
+template <class T, class E, class Seen>
+static inline void copy_row(const T* __restrict src, const Columns<E>& columns, float* __restrict to, Seen& seen) {
+  auto put = [&](int64_t word, int chain, vf x) {
+    store(to + word, x);
+    seen.see(chain, x);
+  };
   if constexpr (are_words<T, E>) {
-    int64_t word = 0;
-    for (int64_t words = columns.count / E::n; word + VL <= words; word += VL)
-      store(to + word, load_bytes((const char*)(src + word * E::n)));  // not the whole row by memcpy: it is short, for a call
+    int64_t word = 0, words = columns.count / E::n;
+    auto from = [&](int64_t at) { return load_bytes((const char*)(src + at * E::n)); };  // not the whole row by memcpy: it is short, for a call
+    for (; word + 4 * VL <= words; word += 4 * VL)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) put(word + i * VL, i, from(word + i * VL));
+    for (; word + VL <= words; word += VL) put(word, 0, from(word));
     if (word == columns.stride) return;
     vf last{};
     memcpy(&last, src + word * E::n, (columns.count - word * E::n) * sizeof(T));
-    store(to + word, last);
+    put(word, 0, last);
   } else {
     for (int64_t c = 0; c < columns.count; c++) to[c] = widen(src[c]);
     std::fill(to + columns.count, to + columns.stride, 0.f);
+    if constexpr (!std::is_same<Seen, NoScan>::value)
+      for (int64_t word = 0; word < columns.stride; word += VL) seen.see((int)(word / VL % 4), load(to + word));
   }
+}
+template <class T, class E>
+static inline void copy_row(const T* __restrict src, const Columns<E>& columns, float* __restrict to) {
+  NoScan none;
+  copy_row<T, E>(src, columns, to, none);
 }
 
 // Rows (token, head) of a tensor, one after the other: from the head `skipped` of a token on, of the `group` heads that begin at `head`.
@@ -86,14 +125,14 @@ static inline void fetch(Rows<T>& rows, int count, int64_t columns) {
   if (rows.any()) fetch_any(rows, count, columns);
 }
 
-template <class T, class E>
-static __attribute__((noinline)) void copy_rows(Rows<T> rows, const Columns<E>& columns, float* to) {
+template <class T, class E, class Seen>
+static __attribute__((noinline)) void copy_rows(Rows<T> rows, const Columns<E>& columns, float* to, Seen& seen) {
   constexpr int apart = 8;
   Rows<T> later = rows;
   later.skip(apart);
   for (; rows.any(); to += columns.stride) {
     fetch(later, 1, columns.count);
-    copy_row<T, E>(rows.next(), columns, to);
+    copy_row<T, E>(rows.next(), columns, to, seen);
   }
 }
 
@@ -111,7 +150,8 @@ static inline bool are_vectors(const Columns<E>& columns) { return are_words<T, 
 // Of one head, rows [begin, end) counted from a token, to row `begin` of `copy` on.
 template <class T, class E>
 static inline void copy_block(const View& x, int64_t token, int64_t head, int begin, int end, const Columns<E>& columns, float* copy) {
-  copy_rows<T, E>({x, token + begin, head, 1, 0, end - begin}, columns, copy + begin * columns.stride);
+  NoScan none;
+  copy_rows<T, E>({x, token + begin, head, 1, 0, end - begin}, columns, copy + begin * columns.stride, none);
 }
 
 // The same rows where they lie, or else as a copy.
@@ -190,7 +230,7 @@ struct Across {
 
 // Of the rows of at most `tokens`, those of [begin, end), at least one, packed into `to`; of a word, the element outside is a neighbour's.
 template <class E, class Row>
-static Across pack_across(const Row& row, const Columns<E>& columns, int tokens, int begin, int end, float* to) {
+static Across pack_across(const Row& row, const Columns<E>& columns, int tokens, int begin, int end, float* to, Scan<E>& seen) {
   static_assert(E::n == 2, "rows of single floats are that already");
   int64_t words = tokens / E::n;
   auto at = [&](int64_t column, int64_t word) { return to + column / NR * NR * words + word * NR + column % NR; };
@@ -198,6 +238,7 @@ static Across pack_across(const Row& row, const Columns<E>& columns, int tokens,
     const char *first = row(std::max<int64_t>(t * E::n, begin)), *second = row(std::min<int64_t>(t * E::n + 1, end - 1));
     for (int64_t w = 0; w < columns.stride; w += VL) {
       vf even = load_bytes(first + w * (int64_t)sizeof(float)), odd = load_bytes(second + w * (int64_t)sizeof(float));
+      seen.see(0, even), seen.see(1, odd);
       store(at(2 * w, t), interleave_halves<false>(even, odd));
       if (2 * w + VL < columns.count) store(at(2 * w + VL, t), interleave_halves<true>(even, odd));
     }
@@ -207,17 +248,20 @@ static Across pack_across(const Row& row, const Columns<E>& columns, int tokens,
 
 // The same. Where a word is one element they are rows already, and only copied: products read them again and again. `copy`: where they may lie.
 template <class E>
-static inline Across rows_across(const WordRows& rows, const Columns<E>& columns, int begin, int end, float* copy, float* to) {
+static inline Across rows_across(const WordRows& rows, const Columns<E>& columns, int begin, int end, float* copy, float* to, Scan<E>& seen) {
   if constexpr (E::n == 1) {
-    if (rows.data != (const char*)copy)
+    if (rows.data != (const char*)copy) {
       for (int i = begin; i < end; i++) {
         constexpr int apart = 8;
         if (i + apart < end) prefetch(rows.row(i + apart), columns.words * (int64_t)sizeof(float));
-        copy_row((const float*)rows.row(i), columns, copy + i * columns.stride);
+        copy_row((const float*)rows.row(i), columns, copy + i * columns.stride, seen);
       }
+    } else {
+      for (int64_t at = begin * columns.stride; at < end * columns.stride; at += VL) seen.see((int)(at / VL % 4), load(copy + at));
+    }
     return {copy, columns.stride, NR};
   } else {
-    return pack_across<E>([&](int64_t i) { return rows.row(i); }, columns, BLOCK_K, begin, end, to);
+    return pack_across<E>([&](int64_t i) { return rows.row(i); }, columns, BLOCK_K, begin, end, to, seen);
   }
 }
 

@@ -137,8 +137,21 @@ struct Right {
   long row;
 };
 
+// Where scores go. The terms of one are added in one order, whatever the shape of C: forward and backward must find the same.
+struct Scores {
+  static constexpr bool in_order = true;
+  float* data;
+  long row;
+  template <int N>
+  void put(int i, const vf (&products)[N]) const {
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) store(data + i * row + j * VL, products[j]);
+  }
+};
+
 // Where C goes: to rows of floats, or added to them.
 struct Sums {
+  static constexpr bool in_order = false;
   float* data;
   long row;
   bool add;
@@ -155,6 +168,7 @@ struct Sums {
 // Where C goes: with what `sums` hold where `add`, times a weight for each row if there are any, to rows of the caller's.
 template <class T>
 struct Results {
+  static constexpr bool in_order = false;
   Sums sums;
   const float* weights;
   T* const* rows;
@@ -178,7 +192,7 @@ struct Results {
 // C has M rows of N vectors.
 template <class E, int M, int N, class From, class To>
 static void micro(int K, typename From::Data a, long a_row, long a_column, const float* __restrict b, long b_row, const To& to) {
-  constexpr int chains = 2 * M * N <= 12 ? 2 : 1;  // a sum's next term waits for the one before: few sums are made in halves
+  constexpr int chains = !To::in_order && 2 * M * N <= 12 ? 2 : 1;  // a sum's next term waits for the one before: few sums are made in halves
   vf acc[chains][M][N];
 #pragma GCC unroll 2
   for (int h = 0; h < chains; h++)

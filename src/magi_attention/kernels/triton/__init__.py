@@ -4,6 +4,10 @@ Forward and backward walk per-tile work lists of the band table, built once a ma
 the device, and the host does not wait for it. Every output row has one owner: no
 atomics, the same bits for the same inputs. Products of float32 inputs are IEEE unless
 ``torch.backends.cuda.matmul.allow_tf32`` asks for TF32.
+
+NaN and infinity in a row stay in the slices that hold it: in k or v, they may reach any query of such a slice, attended or not; in q or
+dout, the gradients of any key of it. They never reach queries or keys of other slices that share a tile with it. At logits so large that
+float32 cannot tell neighbours apart (from about 1e6), probabilities in the backward are at most 1 but may be too small.
 """
 
 from __future__ import annotations

@@ -6,16 +6,16 @@ import triton
 import triton.language as tl
 
 from magi_attention.common.merge_lse import merge_lse
-from magi_attention.kernels.triton.steps import add_product, attended, load_rows, tanh
+from magi_attention.kernels.triton.steps import add_to_rows, attended, edge_rows, load_rows, tanh
 
 
 @triton.jit
 def _attend_block(
-    b_q, b_acc, b_top, b_total, b_raw, p_k, p_v, s_k, s_v, o_k, num_k, m_cells, scale_log2, cap_log2,
+    b_q, b_acc, b_top, b_total, b_raw, p_k, p_v, s_k, s_v, o_k, end_k, m_rows, m_cells, scale_log2, cap_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAPPED: tl.constexpr, RAW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    b_k = load_rows(p_k, o_k, s_k, num_k, tl.arange(0, BLOCK_D), D, MASKED)  # [k, d]
+    b_k = load_rows(p_k, o_k, s_k, end_k, tl.arange(0, BLOCK_D), D, MASKED)  # [k, d]
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [q, k]
     if CAPPED:
         if RAW:
@@ -32,8 +32,8 @@ def _attend_block(
     b_shrink = tl.exp2(b_top - b_base)
     b_total = b_total * b_shrink + tl.sum(b_p, 1)
     b_acc = b_acc * b_shrink[:, None]
-    b_v = load_rows(p_v, o_k, s_v, num_k, tl.arange(0, BLOCK_DV), DV, MASKED)  # [k, dv]
-    b_acc = add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
+    b_v = load_rows(p_v, o_k, s_v, end_k, tl.arange(0, BLOCK_DV), DV, MASKED)  # [k, dv]
+    b_acc = add_to_rows(b_acc, b_p.to(b_v.dtype), b_v, m_rows, MASKED, PRECISION)
     return b_acc, b_new, b_total, b_raw
 
 
@@ -63,19 +63,22 @@ def forward_kernel(
         end = tl.load(p_inner + at * 2 + 1)
         for start in tl.range(begin, end, TILE_K):
             b_acc, b_top, b_total, b_raw = _attend_block(
-                b_q, b_acc, b_top, b_total, b_raw, p_k, p_v, s_kt, s_vt, start + tl.arange(0, TILE_K), num_k, m_all,
+                b_q, b_acc, b_top, b_total, b_raw, p_k, p_v, s_kt, s_vt, start + tl.arange(0, TILE_K), num_k, m_all, m_all,
                 scale_log2, cap_log2, D, DV, BLOCK_D, BLOCK_DV, CAPPED, RAW, False, PRECISION,
             )  # fmt: skip
     for at in range(tl.load(p_edge_rows + tile * 2), tl.load(p_edge_rows + tile * 2 + 1)):
         p_edge = p_edges + at * 6
+        m_edge_rows = edge_rows(o_q, p_edge)
+        # What lies past the segment's keys counts as 0: another document's, it may be NaN.
+        end_k = tl.minimum(tl.load(p_edge + 1), num_k)
         for start in tl.range(tl.load(p_edge), tl.load(p_edge + 1), TILE_K, num_stages=1):
             o_k = start + tl.arange(0, TILE_K)
             b_acc, b_top, b_total, b_raw = _attend_block(
-                b_q, b_acc, b_top, b_total, b_raw, p_k, p_v, s_kt, s_vt, o_k, num_k, attended(o_q, o_k, p_edge),
+                b_q, b_acc, b_top, b_total, b_raw, p_k, p_v, s_kt, s_vt, o_k, end_k, m_edge_rows, attended(o_q, o_k, p_edge),
                 scale_log2, cap_log2, D, DV, BLOCK_D, BLOCK_DV, CAPPED, RAW, True, PRECISION,
             )  # fmt: skip
 
-    m_any = b_total > 0
+    m_any = b_total != 0  # so also where it is NaN
     b_safe = tl.where(m_any, b_total, 1.0)
     b_lse = tl.where(m_any, (b_top + tl.log2(b_safe)) * 0.6931471805599453, float("-inf"))
     b_weight = tl.where(m_any, 1.0 / b_safe, 0.0)

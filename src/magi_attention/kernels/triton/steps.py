@@ -33,6 +33,20 @@ def add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_to_rows(b_sum, b_left, b_right, m_rows, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """`add_product`; of an edge segment, to its own rows alone: 0 * NaN of its other side would reach rows of other documents."""
+    if MASKED:
+        return b_sum + tl.where(m_rows[:, None], tl.dot(b_left, b_right, input_precision=PRECISION), 0.0)
+    return add_product(b_sum, b_left, b_right, PRECISION)
+
+
+@triton.jit
+def edge_rows(o_rows, p_edge):
+    """``[rows]`` bool: the rows of an edge segment."""
+    return (o_rows >= tl.load(p_edge + 4)) & (o_rows < tl.load(p_edge + 5))
+
+
+@triton.jit
 def tanh(x):
     """Of any size: 1 - 2 / (exp(2x) + 1), by a bounded exponent; near 0 by its series, where that loses digits."""
     y = tl.minimum(tl.maximum(x, -10.0), 10.0)
@@ -48,8 +62,5 @@ def attended(o_q, o_k, p_edge):
     end = tl.load(p_edge + 1)
     lo = tl.load(p_edge + 2)
     hi = tl.load(p_edge + 3)
-    q_begin = tl.load(p_edge + 4)
-    q_end = tl.load(p_edge + 5)
     diagonal = o_k[None, :] - o_q[:, None]
-    rows = (o_q >= q_begin) & (o_q < q_end)
-    return rows[:, None] & (o_k < end)[None, :] & (diagonal >= lo) & (diagonal <= hi)
+    return edge_rows(o_q, p_edge)[:, None] & (o_k < end)[None, :] & (diagonal >= lo) & (diagonal <= hi)

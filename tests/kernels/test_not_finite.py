@@ -1,0 +1,160 @@
+"""NaN and infinity in a row of an input reach what attends it, or is attended by it, and nothing else; logits of any size do no harm."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from magi_attention.kernels.interface import Backend
+from magi_attention.kernels.precision import accumulation_dtype
+from magi_attention.testing.kernel_check import (
+    KernelCase,
+    KernelInputs,
+    key_parts,
+    make_inputs,
+    row_statistics,
+    run_kernel,
+)
+from magi_attention.testing.mask_families import Slices
+from magi_attention.testing.oracle import AttnResult
+
+FAMILIES = ("varlen_full", "varlen_causal", "inv_causal", "bi_causal", "window", "cross_documents", "empty_rows")
+# GPU kernels keep what is not finite in its slice's rectangle of queries and keys, the others in its cells.
+EXACT = ("reference", "tiled", "cpu")
+_POISONED = 20, 37, 60
+
+# The interpreter multiplies by numpy, which warns of what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+
+
+def _reach(slices: Slices, bad: str, exact: bool) -> dict[str, Tensor]:
+    """By result, ``[num_q]`` or ``[num_k]`` bool: the rows that poison in rows `_POISONED` of an input may reach."""
+    rows = slices.rows if exact else tuple((*row[:4], 0) for row in slices.rows)
+    cells = Slices(rows, slices.num_q, slices.num_k).dense()
+    rows_bad = list(_POISONED)
+    queries = torch.zeros(slices.num_q, dtype=torch.bool)
+    if bad in ("k", "v"):
+        queries = cells[:, rows_bad].any(dim=1)
+    else:
+        queries[rows_bad] = cells[rows_bad].any(dim=1)
+    keys = cells[queries].any(dim=0)
+    forward = queries if bad != "dout" else torch.zeros_like(queries)
+    return {"out": forward, "lse": forward, "dq": queries, "dk": keys, "dv": keys}
+
+
+def _check_reach(actual: AttnResult, clean: AttnResult, reach: dict[str, Tensor], dtype: torch.dtype) -> None:
+    tolerance = 2e-5 if accumulation_dtype(dtype) == torch.float32 else 1e-12
+    if dtype.itemsize == 2:
+        tolerance = 2e-2  # probabilities are rounded to the inputs' dtype where tiles differ
+    for name, rows in reach.items():
+        x, y = getattr(actual, name), getattr(clean, name)
+        kept = ~rows.to(x.device)
+        torch.testing.assert_close(x[kept], y[kept], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _poison(inputs: KernelInputs, bad: str, value: float, whole_row: bool) -> KernelInputs:
+    poisoned = inputs.clone()
+    x = getattr(poisoned, bad)
+    for row in _POISONED:
+        if whole_row:
+            x[row] = value
+        else:
+            x[row, -1, 3] = value
+    return poisoned
+
+
+@pytest.mark.parametrize("bad", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_poison_reaches_what_attends_it(
+    backend: Backend, dtype: torch.dtype, device: str, family: str, bad: str
+) -> None:
+    """Heads of a group, a softcap in turn; NaN in whole rows, infinities in one column of one head."""
+    case = KernelCase(family, dtype, 97, 4, 2, head_dim=24, softcap=5.0 if bad in ("k", "dout") else 0.0)
+    inputs, slices = make_inputs(case, device), case.slices
+    mask, exact = slices.kernel_mask(), backend.name in EXACT
+    clean = run_kernel(backend, inputs, mask, case.settings)
+    reach = _reach(slices, bad, exact)
+    for value, whole_row in ((math.nan, True), (math.inf, False), (-math.inf, False)):
+        actual = run_kernel(backend, _poison(inputs, bad, value, whole_row), mask, case.settings)
+        _check_reach(actual, clean, reach, dtype)
+        if math.isnan(value) and exact:  # and it is not hidden
+            for name, rows in reach.items():
+                if bad == "v" and name in ("lse", "dv"):  # which do not depend on it
+                    continue
+                x = getattr(actual, name)[rows.to(device)]
+                assert x.isnan().flatten(1).any(dim=1).all(), f"{name} hides NaN of {bad}"
+
+
+@pytest.mark.parametrize("bad", ["k", "v"])
+def test_poison_merged_from_parts(backend: Backend, dtype: torch.dtype, device: str, bad: str) -> None:
+    """`into=` and `dq=`: keys in three parts, as stages are."""
+    case = KernelCase("varlen_causal", dtype, 97, 4, 2, head_dim=24)
+    slices, inputs = case.slices, make_inputs(case, device)
+    parts = key_parts(slices.kernel_mask(), [30, 55])
+
+    def run(x: KernelInputs) -> AttnResult:
+        partial = None
+        for keys, mask in parts:
+            partial = backend.forward(x.q, x.k[keys], x.v[keys], mask, case.settings, into=partial)
+        assert partial is not None
+        statistics = row_statistics(partial.out, partial.lse, x)
+        dq, dk, dv = torch.zeros_like(x.q, dtype=partial.lse.dtype), [], []
+        for keys, mask in parts:
+            made = backend.backward(x.dout, x.q, x.k[keys], x.v[keys], *statistics, mask, case.settings, dq=dq)
+            dk.append(made[1])
+            dv.append(made[2])
+        return AttnResult(partial.out, partial.lse, None, dq, torch.cat(dk), torch.cat(dv))
+
+    actual = run(_poison(inputs, bad, math.nan, True))
+    _check_reach(actual, run(inputs), _reach(slices, bad, backend.name in EXACT), dtype)
+
+
+def test_rows_that_attend_nothing_take_no_part(backend: Backend, dtype: torch.dtype, device: str) -> None:
+    """Whatever their q, dout and delta hold, and k and v of keys that nothing attends: no gradient of anything changes."""
+    case = KernelCase("empty_rows", dtype, 97, 4, 2, head_dim=24)
+    inputs, attended = make_inputs(case, device), case.slices.dense()
+    mask, idle_q, idle_k = case.slices.kernel_mask(), ~attended.any(dim=1), ~attended.any(dim=0)
+    clean, poisoned = run_kernel(backend, inputs, mask, case.settings), inputs.clone()
+    assert idle_q.any()
+    for x, idle in ((poisoned.q, idle_q), (poisoned.dout, idle_q), (poisoned.k, idle_k), (poisoned.v, idle_k)):
+        x[idle.to(device)] = math.nan
+    actual = run_kernel(backend, poisoned, mask, case.settings)  # so delta is 0 * NaN in these rows
+    nothing = {name: torch.zeros(97, dtype=torch.bool) for name in ("out", "lse", "dq", "dk", "dv")}
+    _check_reach(actual, clean, nothing, dtype)
+    assert actual.dq is not None and (actual.dq[idle_q.to(device)] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("magnitude", "softcap"), [(1e7, 0.0), (6e7, 0.0), (1e12, 0.0), (1e30, 0.0), (2.9e38, 0.0), (6e7, 1e9), (1e12, 1e9)]
+)
+def test_logits_of_any_size(
+    backend: Backend, dtype: torch.dtype, device: str, magnitude: float, softcap: float
+) -> None:
+    """Gradients of v are sums of dout by weights that are at most 1; GPU kernels keep to that, and the others are right too."""
+    tokens, heads = 49, 2
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(tokens, heads, 40, generator=generator).to(device, dtype) for _ in range(4))
+    largest = torch.einsum("ihd,jhd->hij", q.double(), k.double()).abs().max().item()
+    case = KernelCase(
+        "causal", dtype, tokens, heads, heads, head_dim=40, softcap=softcap, softmax_scale=magnitude / largest
+    )
+    result = run_kernel(backend, KernelInputs(q, k, v, dout), case.slices.kernel_mask(), case.settings)
+    assert all(x is not None and x.isfinite().all() for x in (result.out, result.lse, result.dv))
+    assert result.dv is not None and result.out is not None
+    bound = dout.double().abs().sum(dim=0)
+    assert (result.dv.double().abs() <= bound * 1.01).all()
+    if backend.name not in EXACT:
+        return
+    # Each query attends the key of its largest logit alone: so far apart are they.
+    logits = torch.einsum("ihd,jhd->hij", q.double(), k.double()).masked_fill(~case.slices.dense(), -math.inf)
+    weights = torch.nn.functional.one_hot(logits.argmax(dim=-1), tokens).double()
+    if softcap == 0:
+        torch.testing.assert_close(
+            result.out.double(), torch.einsum("hij,jhe->ihe", weights, v.double()), rtol=1e-2, atol=1e-2
+        )
+        torch.testing.assert_close(
+            result.dv.double(), torch.einsum("hij,ihe->jhe", weights, dout.double()), rtol=1e-2, atol=1e-2
+        )
