@@ -115,9 +115,8 @@ struct Kernel {
     each_row(x, [&](int64_t query, int g) {
       if (!parts.written_once(query)) prefetch<true>(parts.dq_row(part, query, kv * x.group + g), p.d * (int64_t)sizeof(float));
     });
-    Scan<E> seen_q, seen_dout;
-    TileRows q = tile_rows<T>(p.q, x, kv, s.in, s.q_rows, seen_q), dout = tile_rows<D>(in.dout, x, kv, s.out, s.dout_rows, seen_dout);
-    Across q_across = q.across(s.q_across, seen_q), dout_across = dout.across(s.dout_across, seen_dout);
+    TileRows q = tile_rows<T>(p.q, x, kv, s.in, s.q_rows), dout = tile_rows<D>(in.dout, x, kv, s.out, s.dout_rows);
+    Across q_across = q.across(s.q_across), dout_across = dout.across(s.dout_across);
     auto along = [&](const TileRows& rows, const float* panels, float* to) {
       each_panel(strips, [&](int c, int vectors, const Strip& strip) {
         multiply<E>(strip.rows, vectors, (int)rows.columns.words, rows.left(strip.row),
@@ -127,12 +126,19 @@ struct Kernel {
     };
     along(q, s.k_along, s.scores);
     along(dout, s.v_along, s.dscores);
+    // A row that is not finite makes none of its products finite: one of each tells.
+    auto all_finite = [&](const float* products) {
+      float sum = 0;
+      for (int r = 0; r < x.rows; r++) sum += products[r * LEAD + strips.rows[r].begin] * 0.f;
+      return sum == 0.f;
+    };
+    bool finite_q = all_finite(s.scores), finite_dout = all_finite(s.dscores);
     for (const Strip& strip : strips)
       for (int r = strip.row; r < strip.row + strip.rows; r += E::n) differentiate_rows(x, strips, r, kv, strip.first(), strip.last());
     Range keys{std::max(packed.begin, x.band.k0 - x.keys.begin), std::min(packed.end, x.band.k1 - x.keys.begin)};
     to_queries(x, strips, kv, part, k, keys, finite_k, fetch_some);
-    to_keys(s.probs_across(), dout_across, s.out, s.dv, x, value_output(kv), seen_dout.all_finite(), fetch_some);
-    to_keys(s.dscores_across(), q_across, s.in, s.dk, x, key_output(kv), seen_q.all_finite(), fetch_some);
+    to_keys(s.probs_across(), dout_across, s.out, s.dv, x, value_output(kv), finite_dout, fetch_some);
+    to_keys(s.dscores_across(), q_across, s.in, s.dk, x, key_output(kv), finite_q, fetch_some);
   }
 
   // The rows of a tile, and one of zeros, which completes the last word.
@@ -146,22 +152,22 @@ struct Kernel {
       if constexpr (E::n == 1) return Left{at[row], (long)columns.stride, 1};
       else return LeftRows{at + row};
     }
-    Across across(float* to, Scan<E>& seen) const {
+    Across across(float* to) const {
+      [[maybe_unused]] NoScan none;
       if constexpr (E::n == 1) return {at[0], columns.stride, NR};
-      else return pack_across<E>([&](int64_t i) { return (const char*)at[i]; }, columns, MOST_ROWS, 0, count + count % 2, to, seen);
+      else return pack_across<E>([&](int64_t i) { return (const char*)at[i]; }, columns, MOST_ROWS, 0, count + count % 2, to, none);
     }
   };
 
-  // Where they lie if they can be used so, else copies. Single floats are copied: products read them again and again. They are seen as they are
-  // copied; pairs, as they are packed across.
+  // Where they lie if they can be used so, else copies. Single floats are copied: products read them again and again.
   template <class X>
-  TileRows tile_rows(const View& from, const BandTile& x, int64_t kv, const Columns<E>& columns, float* copy, Scan<E>& seen) const {
+  TileRows tile_rows(const View& from, const BandTile& x, int64_t kv, const Columns<E>& columns, float* copy) const {
     TileRows to{columns, x.rows, {}};
     Rows<X> rows(from, x.a, kv * x.group, x.group, x.skipped, x.rows);
     if (E::n > 1 && lie_as_words<X>(from, columns) && are_vectors<X>(columns)) {
       for (int i = 0; i < x.rows; i++) to.at[i] = (const float*)rows.next();
     } else {
-      copy_rows<X, E>(rows, columns, copy, seen);
+      copy_rows<X, E>(rows, columns, copy);
       for (int i = 0; i < x.rows; i++) to.at[i] = copy + i * columns.stride;
     }
     to.at[x.rows] = s.zeros;

@@ -60,7 +60,7 @@ struct NoScan {
   void see(int, vf) {}
 };
 
-// One row; its words past its columns are 0.
+// One row; its words past its columns are 0. Those that are only moved are seen.
 template <class T, class E, class Seen>
 static inline void copy_row(const T* __restrict src, const Columns<E>& columns, float* __restrict to, Seen& seen) {
   auto put = [&](int64_t word, int chain, vf x) {
@@ -81,8 +81,6 @@ static inline void copy_row(const T* __restrict src, const Columns<E>& columns, 
   } else {
     for (int64_t c = 0; c < columns.count; c++) to[c] = widen(src[c]);
     std::fill(to + columns.count, to + columns.stride, 0.f);
-    if constexpr (!std::is_same<Seen, NoScan>::value)
-      for (int64_t word = 0; word < columns.stride; word += VL) seen.see((int)(word / VL % 4), load(to + word));
   }
 }
 template <class T, class E>
@@ -125,14 +123,14 @@ static inline void fetch(Rows<T>& rows, int count, int64_t columns) {
   if (rows.any()) fetch_any(rows, count, columns);
 }
 
-template <class T, class E, class Seen>
-static __attribute__((noinline)) void copy_rows(Rows<T> rows, const Columns<E>& columns, float* to, Seen& seen) {
+template <class T, class E>
+static __attribute__((noinline)) void copy_rows(Rows<T> rows, const Columns<E>& columns, float* to) {
   constexpr int apart = 8;
   Rows<T> later = rows;
   later.skip(apart);
   for (; rows.any(); to += columns.stride) {
     fetch(later, 1, columns.count);
-    copy_row<T, E>(rows.next(), columns, to, seen);
+    copy_row<T, E>(rows.next(), columns, to);
   }
 }
 
@@ -150,8 +148,7 @@ static inline bool are_vectors(const Columns<E>& columns) { return are_words<T, 
 // Of one head, rows [begin, end) counted from a token, to row `begin` of `copy` on.
 template <class T, class E>
 static inline void copy_block(const View& x, int64_t token, int64_t head, int begin, int end, const Columns<E>& columns, float* copy) {
-  NoScan none;
-  copy_rows<T, E>({x, token + begin, head, 1, 0, end - begin}, columns, copy + begin * columns.stride, none);
+  copy_rows<T, E>({x, token + begin, head, 1, 0, end - begin}, columns, copy + begin * columns.stride);
 }
 
 // The same rows where they lie, or else as a copy.
@@ -229,8 +226,8 @@ struct Across {
 };
 
 // Of the rows of at most `tokens`, those of [begin, end), at least one, packed into `to`; of a word, the element outside is a neighbour's.
-template <class E, class Row>
-static Across pack_across(const Row& row, const Columns<E>& columns, int tokens, int begin, int end, float* to, Scan<E>& seen) {
+template <class E, class Row, class Seen>
+static Across pack_across(const Row& row, const Columns<E>& columns, int tokens, int begin, int end, float* to, Seen& seen) {
   static_assert(E::n == 2, "rows of single floats are that already");
   int64_t words = tokens / E::n;
   auto at = [&](int64_t column, int64_t word) { return to + column / NR * NR * words + word * NR + column % NR; };
