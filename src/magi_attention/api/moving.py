@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from magi_attention.api import mover_ops
 from magi_attention.api.ops import distributed_attn, prepare
+from magi_attention.common.dtensors import accepts_dtensors, move_rows
 from magi_attention.common.enum import AttnRole
 from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.common.tensor_kinds import is_dtensor, is_observed, is_plain, settled
 from magi_attention.functional.ops import as_last_contiguous
 from magi_attention.functional.precision import in_asked_precision
 from magi_attention.kernels.precision import as_autocast_casts
@@ -36,10 +43,21 @@ def dispatch(
     Raises:
         ValueError: another number of rows, or a key behind which no plan stands.
     """
-    session, role = cache.get_session(key), checks.check_role(attn_role)
-    total = session.layout(role).total_seqlen
-    checks.check_rows(x, total, "x", "dispatch takes the whole, unpadded sequence")
-    local: Tensor = Dispatch.apply(x, session, role, pad_value)
+    if not is_plain(x):
+        x = settled("x", x)
+        if is_dtensor(x):
+            return _of_dtensor(x, key, lambda rows: dispatch(rows, key, pad_value, attn_role=attn_role))
+    role = checks.check_role(attn_role)
+    local: Tensor
+    if not torch.compiler.is_compiling():
+        session = cache.get_session(key)
+        checks.check_global_rows(x, session, role)
+        if not is_observed(x):
+            local = Dispatch.apply(x, session, role, pad_value)
+            return local
+        key = session.key
+    of_keys, num_rows, _ = _known_rows(key, role)
+    local = mover_ops.dispatch(x, key.handle, num_rows, of_keys, pad_value)
     return local
 
 
@@ -61,13 +79,22 @@ def undispatch(
     Raises:
         ValueError: another number of rows, or a key behind which no plan stands.
     """
-    session, role = cache.get_session(key), checks.check_role(attn_role)
-    rows = int(session.layout(role).num_rows[session.key.cp_rank])
-    checks.check_rows(
-        x, rows, "x", f"undispatch takes the local rows of rank {session.key.cp_rank} as dispatch gave them"
-    )
-    result: Tensor = Undispatch.apply(x, session, role, is_partial_grad)
-    return result
+    if not is_plain(x):
+        x = settled("x", x)
+        if is_dtensor(x):
+            return _of_dtensor(x, key, lambda rows: undispatch(rows, key, is_partial_grad, attn_role=attn_role))
+    role = checks.check_role(attn_role)
+    whole: Tensor
+    if not torch.compiler.is_compiling():
+        session = cache.get_session(key)
+        checks.check_local_rows(x, session, role, "undispatch")
+        if not is_observed(x):
+            whole = Undispatch.apply(x, session, role, is_partial_grad)
+            return whole
+        key = session.key
+    of_keys, _, total = _known_rows(key, role)
+    whole = mover_ops.undispatch(x, key.handle, total, of_keys, is_partial_grad)
+    return whole
 
 
 def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, *, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
@@ -86,15 +113,56 @@ def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, *, attn_role:
     Raises:
         ValueError: another number of rows along ``dim``, or a key behind which no plan stands.
     """
-    session, role = cache.get_session(key), checks.check_role(attn_role)
+    role = checks.check_role(attn_role)
     shift = checks.as_int("shift", shift, what="an int, by how many tokens")
-    if not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim must be an axis of x, in [{-x.dim()}, {x.dim()}), got {dim}")
-    rows = int(session.layout(role).num_rows[session.key.cp_rank])
+    if not isinstance(x, Tensor) or not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
+        axes = f"[{-x.dim()}, {x.dim()})" if isinstance(x, Tensor) else "a tensor's range"
+        raise ValueError(f"dim must be an axis of x, in {axes}, got {dim}")
+    if not is_plain(x):
+        x = settled("x", x)
+        if is_dtensor(x):
+            rows = x.movedim(dim, 0)
+            return _of_dtensor(rows, key, lambda rows: roll(rows, shift, 0, key, attn_role=attn_role)).movedim(0, dim)
     moved = x.movedim(dim, 0)
-    checks.check_rows(moved, rows, f"x, with its axis {dim} first,", "roll takes the local rows as dispatch gave them")
-    rolled: Tensor = Roll.apply(moved, session, role, shift)
+    rolled: Tensor
+    if not torch.compiler.is_compiling():
+        session = cache.get_session(key)
+        checks.check_local_rows(moved, session, role, "roll", f"x, with its axis {dim} first,")
+        if not is_observed(x):
+            rolled = Roll.apply(moved, session, role, shift)
+            return rolled.movedim(0, dim)
+        key = session.key
+    of_keys, _, _ = _known_rows(key, role)
+    rolled = mover_ops.roll(moved, key.handle, shift, of_keys)
     return rolled.movedim(0, dim)
+
+
+def _known_rows(key: DistAttnRuntimeKey, role: AttnRole) -> tuple[bool, int, int]:
+    """``(of_keys, num_local_rows, total_seqlen)`` of a side, as a graph can know them: from the key alone."""
+    if not isinstance(key, DistAttnRuntimeKey) or key.num_local_rows is None:
+        raise ValueError(
+            "key must be a DistAttnRuntimeKey made by magi_attn_flex_key or magi_attn_varlen_key, for which there is a plan"
+        )
+    rows_q, rows_k = key.num_local_rows
+    return (False, rows_q, key.total_seqlen_q) if role == AttnRole.QUERY else (True, rows_k, key.total_seqlen_k)
+
+
+def _of_dtensor(x: Any, key: DistAttnRuntimeKey, move: Callable[[Tensor], Tensor]) -> Tensor:
+    return move_rows(x, move, lambda mesh: _check_mesh(mesh, key))
+
+
+def _check_mesh(mesh: Any, key: object) -> None:
+    """ValueError where DTensors are spread over ranks that the key spreads its tokens over."""
+    if not isinstance(key, DistAttnRuntimeKey) or key.cp_group is None:
+        return
+    ours, theirs = (set(dist.get_process_group_ranks(group)) for group in (key.cp_group, mesh.get_group()))
+    shared = sorted(ours & theirs)
+    if len(shared) > 1:
+        raise ValueError(
+            "a mesh of DTensors must not spread their heads over the ranks that the key spreads its tokens over, got ranks "
+            f"{shared} in both; pass what to_local() of each gives if their rows are this rank's, or use the mesh of another dimension, "
+            "such as tensor parallel"
+        )
 
 
 def get_position_ids(key: DistAttnRuntimeKey, *, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
@@ -110,6 +178,7 @@ def get_position_ids(key: DistAttnRuntimeKey, *, attn_role: AttnRole = AttnRole.
     return positions.clamp(max=max(session.layout(role).total_seqlen - 1, 0))
 
 
+@accepts_dtensors(lambda mesh, given: _check_mesh(mesh, given.get("key")))
 @in_asked_precision
 def calc_attn(
     q: Tensor,
@@ -153,7 +222,10 @@ def calc_attn(
     """
     q, k, v = as_autocast_casts(q, k, v)
     scale = None if softmax_scale is None else float(softmax_scale)
-    if torch.compiler.is_compiling():
+    if isinstance(q, Tensor) and is_observed(q):
+        if not torch.compiler.is_compiling():
+            checks.check_qkv(q, k, v, cache.get_session(key))
+            checks.check_sink(sink, q)
         out, lse, best = distributed_attn(q, k, v, sink, key.handle, scale, float(softcap), return_max_logits)
         return out, AttnForwardMeta(lse=lse, max_logits=best if return_max_logits else None)
     session, options = prepare(q, k, v, key, sink, scale, float(softcap), return_max_logits)

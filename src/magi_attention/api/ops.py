@@ -66,7 +66,7 @@ def prepare(
     return session, options
 
 
-def _key(handle: int) -> DistAttnRuntimeKey:
+def key_behind(handle: int) -> DistAttnRuntimeKey:
     key = key_of_handle(handle)
     if key is None:
         raise ValueError(
@@ -89,7 +89,7 @@ def forward_operator(
     gradient_version: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out [num_q, hq, dv], lse [num_q, hq], max_logits [hq] or [0])``; see `calc_attn`."""
-    session, options = prepare(q, k, v, _key(handle), sink, softmax_scale, softcap, return_max_logits)
+    session, options = prepare(q, k, v, key_behind(handle), sink, softmax_scale, softcap, return_max_logits)
     q, k, v = (as_last_contiguous(x) for x in (q, k, v))
     out, lse, max_logits = run_forward(q, k, v, sink, session, options)
     return out.contiguous(), lse.contiguous(), lse.new_empty(0) if max_logits is None else max_logits
@@ -124,7 +124,7 @@ def distributed_attn_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` of the shapes and dtypes of q, k, v, and ``dsink`` of the sink's, or ``[0]``."""
-    session, options = prepare(q, k, v, _key(handle), sink, softmax_scale, softcap, False)
+    session, options = prepare(q, k, v, key_behind(handle), sink, softmax_scale, softcap, False)
     q, k, v = (as_last_contiguous(x) for x in (q, k, v))
     dq, dk, dv, dsink = differentiate((dout, dlse), (q, k, v, sink, out, lse), session, options)
     dsink = lse.new_empty(0) if dsink is None else dsink

@@ -6,12 +6,30 @@ views          buffer[:, a:b] in the tensor's dtype and shape: strided, never co
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def never_traced(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, which torch.compile leaves to Python: AOTAutograd gives views in another dtype a wrong shape, silently."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            result: R = torch.compiler.disable(function)(*args, **kwargs)
+            return result
+        return function(*args, **kwargs)
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,7 @@ class RowFormat:
         """A buffer ``[num_rows, num_bytes]`` uint8, uninitialised."""
         return torch.empty(num_rows, self.num_bytes, dtype=torch.uint8, device=device)
 
+    @never_traced
     def views(self, buffer: Tensor) -> tuple[Tensor, ...]:
         """The tensors ``[rows, *shape]`` that lie in ``buffer``: views, contiguous but for the stride of the rows."""
         views = []
@@ -54,6 +73,7 @@ class RowFormat:
             views.append(columns.view(len(buffer), *shape))
         return tuple(views)
 
+    @never_traced
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """All rows of ``tensors``, converted, in a new buffer ``[rows, num_bytes]`` uint8."""
         first = tensors[0]
@@ -62,6 +82,7 @@ class RowFormat:
             view.copy_(x)
         return buffer
 
+    @never_traced
     def gather(self, tensors: Sequence[Tensor], rows: Tensor) -> Tensor:
         """Rows ``rows`` (``[n]`` int64) of ``tensors``, not converted, in a new buffer ``[n, num_bytes]``."""
         buffer = self.empty(len(rows), rows.device)

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from magi_attention.common.tensor_kinds import address
+
 
 class Described(Protocol):
     """An argument that Triton takes in a form of its own, but launches from any object with the same attributes."""
@@ -51,6 +53,9 @@ class Launcher:
         grid = (num_programs, 1, 1)
 
         def by_triton() -> Any:
+            for x in arguments:
+                if isinstance(x, Tensor):
+                    address(x)
             return self.kernel[grid](*map(_in_full, arguments), **constants, **options)
 
         if device.type != "cuda":  # interpreted
@@ -83,7 +88,7 @@ def likeness(x: Any) -> Hashable:
     if isinstance(x, (float, bool)):
         return "bool" if isinstance(x, bool) else "float"
     if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
+        return x.dtype, address(x) % 16 == 0
     described: Described = x
     return described.likeness()
 

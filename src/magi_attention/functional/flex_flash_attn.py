@@ -5,10 +5,11 @@ Shapes: num_q, num_k tokens; hq, hk heads (hq % hk == 0); d, dv head dims of q/k
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from magi_attention.common.dtensors import accepts_dtensors
 from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.common.tensor_kinds import is_observed
 from magi_attention.functional.checks import check_one_mask, check_sink, check_tables, check_tensors
 from magi_attention.functional.index_attn import attend_listed_blocks
 from magi_attention.functional.masks import Tables, as_saveable, tables_of_mask
@@ -18,6 +19,7 @@ from magi_attention.kernels.precision import as_autocast_casts
 from magi_attention.mask import AttnMask
 
 
+@accepts_dtensors()
 @in_asked_precision
 def flex_flash_attn_func(
     q: Tensor,
@@ -141,7 +143,7 @@ def flex_flash_attn_func(
     check_one_mask(q_ranges, k_ranges, attn_type_map, mask, index_attn_indices)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     softcap = 0.0 if softcap is None else float(softcap)
-    attend = flex_flash_attn if torch.compiler.is_compiling() else FlexFlashAttention.apply
+    attend = flex_flash_attn if is_observed(q) else FlexFlashAttention.apply
 
     def attend_slices(
         q: Tensor, k: Tensor, v: Tensor, tables: Tables, sink: Tensor | None

@@ -49,6 +49,18 @@ def check_rows(x: Tensor, rows: int, what: str, remedy: str) -> None:
         raise ValueError(f"{what} must be a tensor of {rows} rows ([{rows}, ...]), got {got}; {remedy}")
 
 
+def check_global_rows(x: Tensor, session: Session, role: AttnRole) -> None:
+    """ValueError where ``x`` is not a whole sequence."""
+    check_rows(x, session.layout(role).total_seqlen, "x", "dispatch takes the whole, unpadded sequence")
+
+
+def check_local_rows(x: Tensor, session: Session, role: AttnRole, taker: str, what: str = "x") -> None:
+    """ValueError where ``x`` is not this rank's rows, which ``taker`` takes."""
+    rank = session.key.cp_rank
+    rows = int(session.layout(role).num_rows[rank])
+    check_rows(x, rows, what, f"{taker} takes the local rows of rank {rank} as dispatch gave them")
+
+
 def _describe(x: object) -> str:
     return str(list(x.shape)) if isinstance(x, Tensor) else f"a {type(x).__name__}"
 

@@ -49,6 +49,7 @@ class DistAttnRuntimeKey:
         is_bound: False for a key that came by pickle.
         handle: this value's number in this process, by which operators of torch, which take only numbers and tensors, know it.
         layout_in_use: ``(pad_size, chunk_size)`` of the plan; None before there is one.
+        num_local_rows: rows of this rank on the q side and on the k side, padding included; None before there is a plan.
     """
 
     mask: AttnMask
@@ -71,6 +72,7 @@ class DistAttnRuntimeKey:
     is_bound: bool = True
     handle: int = field(default_factory=_handles.__next__, init=False, compare=False, repr=False)
     layout_in_use: tuple[int, int] | None = field(default=None, init=False, compare=False, repr=False)
+    num_local_rows: tuple[int, int] | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _by_handle[self.handle] = self

@@ -30,6 +30,11 @@ class Session:
     plan: AttnPlan
     derived: dict[Any, Any] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        # Known to the key itself, because a graph is made of its attributes and sees nothing of a session.
+        rows = tuple(int(self.layout(role).num_rows[self.key.cp_rank]) for role in (AttnRole.QUERY, AttnRole.KEY))
+        object.__setattr__(self.key, "num_local_rows", rows)
+
     @cached_property
     def rank_plan(self) -> RankPlan:
         return self.plan.rank(self.key.cp_rank)

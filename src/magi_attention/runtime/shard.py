@@ -68,7 +68,7 @@ class Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return gather_global(grad, ctx.session, ctx.role), None, None, None
+        return Undispatch.apply(grad, ctx.session, ctx.role, False), None, None, None
 
 
 class Undispatch(torch.autograd.Function):
@@ -82,8 +82,21 @@ class Undispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.is_partial_grad:
-            return reduce_local(grad, ctx.session, ctx.role), None, None, None
-        return take_local_rows(grad, ctx.session, ctx.role, 0.0), None, None, None
+            return DispatchSum.apply(grad, ctx.session, ctx.role), None, None, None
+        return Dispatch.apply(grad, ctx.session, ctx.role, 0.0), None, None, None
+
+
+class DispatchSum(torch.autograd.Function):
+    """This rank's rows of the sum of the ranks' global tensors; the gradient is that of every rank's rows, whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, session: Session, role: AttnRole) -> Tensor:
+        ctx.session, ctx.role = session, role
+        return reduce_local(x, session, role)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return Undispatch.apply(grad, ctx.session, ctx.role, True), None, None
 
 
 def roll_exchange(session: Session, role: AttnRole, shift: int) -> tuple[Exchange, Ints]:
@@ -140,4 +153,4 @@ class Roll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return roll_rows(grad, ctx.session, ctx.role, -ctx.shift), None, None, None
+        return Roll.apply(grad, ctx.session, ctx.role, -ctx.shift), None, None, None

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from magi_attention.common.tensor_kinds import address
 from magi_attention.kernels import tiled
 from magi_attention.kernels.cpu.build import load_library
 from magi_attention.kernels.interface import AttnSettings, KernelMask, Partial
@@ -81,7 +82,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _view(x: Tensor) -> _View:
-    return _View(x.data_ptr(), x.stride(0), x.stride(1))
+    return _View(address(x), x.stride(0), x.stride(1))
 
 
 def _bands(mask: KernelMask) -> np.ndarray:
@@ -105,7 +106,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask, settings: AttnSe
 
 
 def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+    return None if x is None else address(x)
 
 
 def forward(

@@ -11,6 +11,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from magi_attention.common.tensor_kinds import address
+
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 # Coordinates are of 32 bits.
 MOST_PLACES = 2**31 - 1
@@ -68,7 +70,7 @@ def why_not(name: str, x: Tensor) -> str | None:
     if by_column != 1:
         return f"{name}'s last axis must be contiguous, got strides {strides}"
     per_row = 16 // x.element_size()
-    if x.data_ptr() % 16 or (by_token % per_row and num_tokens > 1) or (by_head % per_row and num_heads > 1):
+    if address(x) % 16 or (by_token % per_row and num_tokens > 1) or (by_head % per_row and num_heads > 1):
         return f"{name} must begin at, and have strides of, multiples of 16 bytes, got strides {strides}"
     if num_tokens > 1 and by_token == 0:
         return f"{name}'s tokens must not be expanded, got strides {strides}"
