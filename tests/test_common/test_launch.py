@@ -54,6 +54,16 @@ def test_a_kernel_is_launched_with_what_it_is_given() -> None:
         torch.testing.assert_close(y, x * factor + add)
 
 
+def test_no_null_address_is_handed_to_a_kernel() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    x = torch.ones(4, device=DEVICE)
+    with pytest.raises(ValueError, match="TwoTensor that has no memory of its own"):
+        Launcher(_scale_kernel)(1, DEVICE, (x, TwoTensor(x, x), 4, 1.0), {"ADD": 0, "BLOCK": 16}, num_warps=1)
+    with pytest.raises(ValueError, match="no memory of its own"):
+        likeness(TwoTensor(x, x))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_device_need_not_be_the_current_one() -> None:
     launch = Launcher(_scale_kernel)
