@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from magi_attention.api import mover_ops
+import magi_attention.api.flops  # noqa: F401 - registers formulas
 from magi_attention.api.ops import distributed_attn, prepare
 from magi_attention.common.dtensors import accepts_dtensors, move_rows
 from magi_attention.common.enum import AttnRole
@@ -18,11 +18,10 @@ from magi_attention.common.tensor_kinds import is_dtensor, is_observed, is_plain
 from magi_attention.functional.ops import as_last_contiguous
 from magi_attention.functional.precision import in_asked_precision
 from magi_attention.kernels.precision import as_autocast_casts
-from magi_attention.runtime import cache, checks
+from magi_attention.runtime import cache, checks, mover_ops, movers
 from magi_attention.runtime.dist_attn import DistributedAttention
 from magi_attention.runtime.group import group_device
 from magi_attention.runtime.key import DistAttnRuntimeKey
-from magi_attention.runtime.shard import Dispatch, Roll, Undispatch
 
 
 def dispatch(
@@ -48,17 +47,13 @@ def dispatch(
         if is_dtensor(x):
             return _of_dtensor(x, key, lambda rows: dispatch(rows, key, pad_value, attn_role=attn_role))
     role = checks.check_role(attn_role)
-    local: Tensor
-    if not torch.compiler.is_compiling():
-        session = cache.get_session(key)
-        checks.check_global_rows(x, session, role)
-        if not is_observed(x):
-            local = Dispatch.apply(x, session, role, pad_value)
-            return local
-        key = session.key
-    of_keys, num_rows, _ = _known_rows(key, role)
-    local = mover_ops.dispatch(x, key.handle, num_rows, of_keys, pad_value)
-    return local
+    if torch.compiler.is_compiling():
+        of_keys, num_rows, _ = _known_rows(key, role)
+        local: Tensor = mover_ops.dispatch(x, key.handle, num_rows, of_keys, pad_value)
+        return local
+    session = cache.get_session(key)
+    checks.check_global_rows(x, session, role)
+    return movers.dispatch(x, session, role, pad_value)
 
 
 def undispatch(
@@ -84,17 +79,13 @@ def undispatch(
         if is_dtensor(x):
             return _of_dtensor(x, key, lambda rows: undispatch(rows, key, is_partial_grad, attn_role=attn_role))
     role = checks.check_role(attn_role)
-    whole: Tensor
-    if not torch.compiler.is_compiling():
-        session = cache.get_session(key)
-        checks.check_local_rows(x, session, role, "undispatch")
-        if not is_observed(x):
-            whole = Undispatch.apply(x, session, role, is_partial_grad)
-            return whole
-        key = session.key
-    of_keys, _, total = _known_rows(key, role)
-    whole = mover_ops.undispatch(x, key.handle, total, of_keys, is_partial_grad)
-    return whole
+    if torch.compiler.is_compiling():
+        of_keys, _, total = _known_rows(key, role)
+        whole: Tensor = mover_ops.undispatch(x, key.handle, total, of_keys, is_partial_grad)
+        return whole
+    session = cache.get_session(key)
+    checks.check_local_rows(x, session, role, "undispatch")
+    return movers.undispatch(x, session, role, is_partial_grad)
 
 
 def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, *, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
@@ -124,17 +115,13 @@ def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, *, attn_role:
             rows = x.movedim(dim, 0)
             return _of_dtensor(rows, key, lambda rows: roll(rows, shift, 0, key, attn_role=attn_role)).movedim(0, dim)
     moved = x.movedim(dim, 0)
-    rolled: Tensor
-    if not torch.compiler.is_compiling():
-        session = cache.get_session(key)
-        checks.check_local_rows(moved, session, role, "roll", f"x, with its axis {dim} first,")
-        if not is_observed(x):
-            rolled = Roll.apply(moved, session, role, shift)
-            return rolled.movedim(0, dim)
-        key = session.key
-    of_keys, _, _ = _known_rows(key, role)
-    rolled = mover_ops.roll(moved, key.handle, shift, of_keys)
-    return rolled.movedim(0, dim)
+    if torch.compiler.is_compiling():
+        of_keys, _, _ = _known_rows(key, role)
+        rolled: Tensor = mover_ops.roll(moved, key.handle, shift, of_keys)
+        return rolled.movedim(0, dim)
+    session = cache.get_session(key)
+    checks.check_local_rows(moved, session, role, "roll", f"x, with its axis {dim} first,")
+    return movers.roll(moved, session, role, shift).movedim(0, dim)
 
 
 def _known_rows(key: DistAttnRuntimeKey, role: AttnRole) -> tuple[bool, int, int]:

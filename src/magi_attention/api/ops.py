@@ -21,7 +21,7 @@ from magi_attention.kernels.interface import AttnSettings
 from magi_attention.kernels.precision import accumulation_dtype
 from magi_attention.runtime import cache, checks
 from magi_attention.runtime.dist_attn import ExecutionOptions, differentiate, run_forward
-from magi_attention.runtime.key import DistAttnRuntimeKey, key_of_handle
+from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.session import Session
 
 _OPTIONS = "Tensor? sink, SymInt handle, float? softmax_scale, float softcap"
@@ -66,16 +66,6 @@ def prepare(
     return session, options
 
 
-def key_behind(handle: int) -> DistAttnRuntimeKey:
-    key = key_of_handle(handle)
-    if key is None:
-        raise ValueError(
-            "no plan stands behind this key: it is gone, or it was made in another process. Keep keys for as long as what is compiled with "
-            "them runs, or make them again on every rank"
-        )
-    return key
-
-
 @torch.library.custom_op("magi_attention::distributed_attn", mutates_args=(), schema=_FORWARD)
 def forward_operator(
     q: Tensor,
@@ -89,7 +79,7 @@ def forward_operator(
     gradient_version: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out [num_q, hq, dv], lse [num_q, hq], max_logits [hq] or [0])``; see `calc_attn`."""
-    session, options = prepare(q, k, v, key_behind(handle), sink, softmax_scale, softcap, return_max_logits)
+    session, options = prepare(q, k, v, cache.key_behind(handle), sink, softmax_scale, softcap, return_max_logits)
     q, k, v = (as_last_contiguous(x) for x in (q, k, v))
     out, lse, max_logits = run_forward(q, k, v, sink, session, options)
     return out.contiguous(), lse.contiguous(), lse.new_empty(0) if max_logits is None else max_logits
@@ -124,7 +114,7 @@ def distributed_attn_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` of the shapes and dtypes of q, k, v, and ``dsink`` of the sink's, or ``[0]``."""
-    session, options = prepare(q, k, v, key_behind(handle), sink, softmax_scale, softcap, False)
+    session, options = prepare(q, k, v, cache.key_behind(handle), sink, softmax_scale, softcap, False)
     q, k, v = (as_last_contiguous(x) for x in (q, k, v))
     dq, dk, dv, dsink = differentiate((dout, dlse), (q, k, v, sink, out, lse), session, options)
     dsink = lse.new_empty(0) if dsink is None else dsink

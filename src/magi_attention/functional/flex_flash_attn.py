@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+import magi_attention.functional.flops  # noqa: F401 - registers formulas, once the operators are there
 from magi_attention.common.dtensors import accepts_dtensors
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.common.tensor_kinds import is_observed

@@ -8,7 +8,7 @@ from collections import OrderedDict
 
 import torch.distributed as dist
 
-from magi_attention.runtime.key import DistAttnRuntimeKey
+from magi_attention.runtime.key import DistAttnRuntimeKey, key_of_handle
 from magi_attention.runtime.session import Session
 
 _sessions: dict[dist.ProcessGroup | None, OrderedDict[DistAttnRuntimeKey, Session]] = {}
@@ -107,3 +107,14 @@ def clear_sessions(group: dist.ProcessGroup | None, *, all_groups: bool) -> None
         for store in (_sessions, _most_recent):
             groups = list(store) if all_groups else [group]
             forgotten.extend(store.pop(one, None) for one in groups)
+
+
+def key_behind(handle: int) -> DistAttnRuntimeKey:
+    """The key of ``handle``, which an operator was given. ValueError: there is none."""
+    key = key_of_handle(handle)
+    if key is None:
+        raise ValueError(
+            "no plan stands behind this key: it is gone, or it was made in another process. Keep keys for as long as what is compiled with "
+            "them runs, or make them again on every rank"
+        )
+    return key

@@ -1,11 +1,9 @@
-"""Rows between the global tensor and the ranks' shards: dispatch, undispatch, roll. All differentiable, all linear.
+"""Rows between the global tensor and the ranks' shards, unseen by autograd; `runtime.movers` makes them differentiable.
 
 A shard holds ``[num_local_rows, ...]``: the rank's chunks in ascending order, padding included.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -58,47 +56,6 @@ def reduce_local(grad: Tensor, session: Session, role: AttnRole) -> Tensor:
     return reduce_scatter_rows(rows, layout.num_rows.tolist(), session.key.cp_group)
 
 
-class Dispatch(torch.autograd.Function):
-    """Global to local; the gradient of the global tensor is gathered whole on every rank."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, session: Session, role: AttnRole, pad_value: float) -> Tensor:
-        ctx.session, ctx.role = session, role
-        return take_local_rows(x, session, role, pad_value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return Undispatch.apply(grad, ctx.session, ctx.role, False), None, None, None
-
-
-class Undispatch(torch.autograd.Function):
-    """Local to global on every rank; the gradient is this rank's rows of the (summed) gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, session: Session, role: AttnRole, is_partial_grad: bool) -> Tensor:
-        ctx.session, ctx.role, ctx.is_partial_grad = session, role, is_partial_grad
-        return gather_global(local, session, role)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.is_partial_grad:
-            return DispatchSum.apply(grad, ctx.session, ctx.role), None, None, None
-        return Dispatch.apply(grad, ctx.session, ctx.role, 0.0), None, None, None
-
-
-class DispatchSum(torch.autograd.Function):
-    """This rank's rows of the sum of the ranks' global tensors; the gradient is that of every rank's rows, whole."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, session: Session, role: AttnRole) -> Tensor:
-        ctx.session, ctx.role = session, role
-        return reduce_local(x, session, role)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return Undispatch.apply(grad, ctx.session, ctx.role, True), None, None
-
-
 def roll_exchange(session: Session, role: AttnRole, shift: int) -> tuple[Exchange, Ints]:
     """What a roll moves, and ``[num_local_rows]``: where each rolled row is in (local rows, then received rows)."""
     layout, rank = session.layout(role), session.key.cp_rank
@@ -141,16 +98,3 @@ def roll_rows(local: Tensor, session: Session, role: AttnRole, shift: int) -> Te
     exchange, index = session.derived[at]
     (received,) = group_cast((local,), exchange, session.key.cp_group, label=f"rows of roll by {shift}").wait()
     return torch.cat([local, received]).index_select(0, index.to(local.device))
-
-
-class Roll(torch.autograd.Function):
-    """A permutation of the global rows; its adjoint is the roll back."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, session: Session, role: AttnRole, shift: int) -> Tensor:
-        ctx.session, ctx.role, ctx.shift = session, role, shift
-        return roll_rows(local, session, role, shift)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return Roll.apply(grad, ctx.session, ctx.role, -ctx.shift), None, None, None

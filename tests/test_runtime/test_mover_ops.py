@@ -19,11 +19,11 @@ from magi_attention.api import (
     clear_cache,
     dispatch,
     magi_attn_flex_key,
-    mover_ops,
     roll,
     undispatch,
 )
 from magi_attention.comm.row_format import RowFormat
+from magi_attention.runtime import mover_ops
 from magi_attention.testing.dist import shared_pool
 
 Run = Callable[[Tensor, DistAttnRuntimeKey], tuple[Tensor, ...]]

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magi_attention.api.ops import key_behind
 from magi_attention.common.enum import AttnRole
 from magi_attention.runtime import cache, checks
 from magi_attention.runtime.session import Session
@@ -29,7 +28,7 @@ _ROLL = "(Tensor x, SymInt handle, SymInt shift, bool of_keys) -> Tensor"
 
 
 def _behind(handle: int, of_keys: bool) -> tuple[Session, AttnRole]:
-    return cache.get_session(key_behind(handle)), AttnRole.KEY if of_keys else AttnRole.QUERY
+    return cache.get_session(cache.key_behind(handle)), AttnRole.KEY if of_keys else AttnRole.QUERY
 
 
 def _empty(x: Tensor, num_rows: int) -> Tensor:
