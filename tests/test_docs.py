@@ -49,3 +49,18 @@ def test_the_commands_of_the_page(
 
 def test_the_page_has_commands() -> None:
     assert len(commands_of("planning.md")) == 5
+
+
+def test_the_operators_of_the_page_exist() -> None:
+    import torch
+
+    import magi_attention.api  # noqa: F401 - makes the operators
+
+    table = re.findall(
+        r"^\| `\w+` \| `magi_attention::(\w+)` \| `(\w+)`",
+        (DOCS / "modes.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert len(table) == 5
+    for name in {one for row in table for one in row} | {"dispatch_sum"}:
+        assert hasattr(torch.ops.magi_attention, name), name

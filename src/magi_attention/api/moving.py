@@ -30,7 +30,8 @@ def dispatch(
     """This rank's rows of a global tensor.
 
     Args:
-        x: ``[total_seqlen, ...]``, the same on every rank.
+        x: ``[total_seqlen, ...]``, the same on every rank. A DTensor must have whole rows on every rank of its 1-D mesh: Replicate(), or
+            Shard of another axis.
         key: made for these rows.
         pad_value: what padding rows hold.
         attn_role: QUERY, or KEY or VALUE for the k side, which differs under ``is_same_source=False``.
@@ -40,7 +41,8 @@ def dispatch(
         every rank.
 
     Raises:
-        ValueError: another number of rows, or a key behind which no plan stands.
+        ValueError: another number of rows, a DTensor placed otherwise, a wrapper tensor without memory, or a key behind which no plan
+            stands.
     """
     if not is_plain(x):
         x = settled("x", x)
@@ -62,7 +64,7 @@ def undispatch(
     """The global tensor, on every rank, of the ranks' rows.
 
     Args:
-        x: ``[num_local_rows, ...]`` as `dispatch` gave them.
+        x: ``[num_local_rows, ...]`` as `dispatch` gave them, DTensors too.
         key: the key they were dispatched with.
         is_partial_grad: False where every rank computes the same loss of the result: backward keeps this rank's rows of the
             gradient. True where each rank's loss is its own share: the ranks' gradients are summed.
@@ -72,7 +74,8 @@ def undispatch(
         ``[total_seqlen, ...]`` without padding. Differentiable.
 
     Raises:
-        ValueError: another number of rows, or a key behind which no plan stands.
+        ValueError: another number of rows, a DTensor placed otherwise, a wrapper tensor without memory, or a key behind which no plan
+            stands.
     """
     if not is_plain(x):
         x = settled("x", x)
@@ -92,7 +95,7 @@ def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, *, attn_role:
     """``torch.roll`` of the global tensor along its tokens, done on the dispatched rows by exchanging those that change rank.
 
     Args:
-        x: local rows, with ``num_local_rows`` along ``dim``.
+        x: local rows, with ``num_local_rows`` along ``dim``; DTensors as `dispatch` takes them.
         shift: by how many tokens; row ``i`` goes to ``(i + shift) % total_seqlen``. For next-token labels, -1.
         dim: the axis of tokens.
         key: the key they were dispatched with.
@@ -102,7 +105,8 @@ def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, *, attn_role:
         As ``x``. Padding rows are left as they are. Differentiable.
 
     Raises:
-        ValueError: another number of rows along ``dim``, or a key behind which no plan stands.
+        ValueError: another number of rows along ``dim``, a DTensor placed otherwise, a wrapper tensor without memory, or a key behind
+            which no plan stands.
     """
     role = checks.check_role(attn_role)
     shift = checks.as_int("shift", shift, what="an int, by how many tokens")
@@ -199,11 +203,16 @@ def calc_attn(
 
     Under autocast q, k and v are cast to autocast's dtype, float64 excepted, as in torch's own attention; the sink keeps its dtype.
 
-    Under ``torch.compile`` a call is one node of the graph, ``magi_attention::distributed_attn``, and its backward another; another key
-    is another number to it, and compiles nothing anew.
+    DTensors q, k, v on one 1-D mesh, all Shard(1) (heads, dividing evenly) or all Replicate(), give DTensors: ``out`` and ``lse``
+    placed alike, ``max_logits`` Shard(0). The key's head counts are those of ``to_local()``. The sink is a DTensor too, sharded over
+    its heads alike or Replicate().
+
+    Under ``torch.compile``, and wherever a dispatch mode is active, a call is one operator, ``magi_attention::distributed_attn``, and its
+    backward another; another key is another number to it, and compiles nothing anew.
 
     Raises:
-        ValueError: tensors that are not what the key was made for, or a key behind which no plan stands.
+        ValueError: tensors that are not what the key was made for, DTensors placed otherwise, a wrapper tensor without memory, or a key
+            behind which no plan stands.
         RuntimeError: differentiating its gradients again.
         CommTimeoutError: a peer did not take part within the process group's timeout; it names who.
     """

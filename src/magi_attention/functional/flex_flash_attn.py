@@ -82,7 +82,12 @@ def flex_flash_attn_func(
 
     In place of ranges, a call takes an `AttnMask`, or lists of key blocks (``index_attn_indices``), which may differ between kv heads.
 
-    Under ``torch.compile`` a call is one node of the graph, ``magi_attention::flex_flash_attn``, and its backward another.
+    Under ``torch.compile``, and wherever a dispatch mode is active, a call is one operator, ``magi_attention::flex_flash_attn``, and its
+    backward another.
+
+    DTensors q, k, v on one 1-D mesh, all Shard(1) (heads, dividing evenly) or all Replicate(), give DTensors: ``out`` and ``lse``
+    placed alike, ``max_logits`` Shard(0). The tables are plain tensors. The sink is a DTensor too, sharded over its heads alike or
+    Replicate(). Results of functional collectives are waited for.
 
     Args:
         q: ``[num_q, hq, d]``, float16, bfloat16, float32 or float64, any strides.
@@ -130,7 +135,7 @@ def flex_flash_attn_func(
         attends nothing), or None where not asked for.
 
     Raises:
-        ValueError: tensors whose shapes, dtypes or devices do not fit each other; ranges that are reversed or out of bounds and
+        ValueError: DTensors placed otherwise, and wrapper tensors without memory; tensors whose shapes, dtypes or devices do not fit each other; ranges that are reversed or out of bounds and
             unknown mask types, where tables are checked; not exactly one of ranges, ``mask`` and ``index_attn_indices``; indices that
             name no block of keys, or make more than 4,000,000 ranges for a kv head; a kernel named by ``MAGI_ATTENTION_BACKEND`` that
             cannot serve these tensors.
