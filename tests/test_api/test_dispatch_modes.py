@@ -123,7 +123,7 @@ class Seen(TorchDispatchMode):
 
 
 def look_on() -> None:
-    key, expected = make_key(), None
+    key, expected = make_key(), []
     for _ in range(2):
         with Seen() as mode:
             results = differentiate(block, key)
@@ -133,6 +133,12 @@ def look_on() -> None:
         for x, y in zip(expected, results, strict=True):
             assert torch.equal(x, y)
         assert not torch._C._len_torch_dispatch_stack()
+    x, weight = make_leaves()
+    loss = block(x, weight, key).square().sum()
+    with Seen() as mode:  # the backward alone
+        grads = torch.autograd.grad(loss, (x, weight))
+    assert mode.names == dict.fromkeys(("distributed_attn_backward", "dispatch", "undispatch", "roll"), 1), mode.names
+    assert all(torch.equal(*pair) for pair in zip(expected[1:], grads, strict=True))
     with Seen() as mode, torch.utils._python_dispatch._disable_current_modes():
         differentiate(block, key)
     assert not mode.names

@@ -135,8 +135,9 @@ def flex_flash_attn_func(
         attends nothing), or None where not asked for.
 
     Raises:
-        ValueError: DTensors placed otherwise, and wrapper tensors without memory; tensors whose shapes, dtypes or devices do not fit each other; ranges that are reversed or out of bounds and
-            unknown mask types, where tables are checked; not exactly one of ranges, ``mask`` and ``index_attn_indices``; indices that
+        ValueError: DTensors placed otherwise, and wrapper tensors without memory; tensors whose shapes, dtypes or devices do not fit
+            each other; ranges that are reversed or out of bounds and unknown
+            mask types, where tables are checked; not exactly one of ranges, ``mask`` and ``index_attn_indices``; indices that
             name no block of keys, or make more than 4,000,000 ranges for a kv head; a kernel named by ``MAGI_ATTENTION_BACKEND`` that
             cannot serve these tensors.
         RuntimeError: differentiating its gradients again.

@@ -26,6 +26,7 @@ from magi_attention.comm import (
     group_reduce,
     group_reduce_lse,
 )
+from magi_attention.common.tensor_kinds import is_observed
 from magi_attention.functional.once_differentiable import as_once_differentiable
 from magi_attention.functional.ops import as_last_contiguous
 from magi_attention.functional.sink import apply_sink, sink_gradient
@@ -211,7 +212,16 @@ class DistributedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
+        q, k, v, sink, out, lse = saved
+        if is_observed(
+            q
+        ):  # the operator of the layer above, so that a dispatch mode sees a backward whose forward it did not
+            dout = torch.zeros_like(out) if dout is None else dout
+            settings = ctx.options.settings
+            handle, options = ctx.session.key.handle, (settings.softmax_scale, settings.softcap)
+            operator = torch.ops.magi_attention.distributed_attn_backward
+            dq, dk, dv, dsink = operator(dout, dlse, q, k, v, out, lse, sink, handle, *options)
+            return dq, dk, dv, None if sink is None else dsink, None, None
         with torch.no_grad():
             grads = differentiate((dout, dlse), saved, ctx.session, ctx.options)
-        q, k, v, sink, _, _ = saved
         return *as_once_differentiable("calc_attn", grads, (dout, dlse, q, k, v, sink)), None, None
