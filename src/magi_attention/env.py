@@ -44,6 +44,8 @@ VARIABLES = (
     "LOG_LEVEL",
     "BACKEND",
 )
+# As the system stores them; on Windows, where it stores text, they are looked up the usual way.
+_KEYS = {name: os.fsencode(_PREFIX + name) for name in VARIABLES} if os.name == "posix" else {}
 _is_checked = False
 
 
@@ -55,7 +57,13 @@ def _read(name: str) -> str:
 
 
 def _value(name: str) -> str:
-    return os.environ.get(_PREFIX + name, "").strip().lower()
+    # A call of attention reads several variables. `os.environ` encodes and decodes in each look-up; the dict of bytes
+    # under it, where there is one (CPython on POSIX), is read at once.
+    stored = getattr(os.environ, "_data", None)
+    if stored is None or name not in _KEYS:
+        return os.environ.get(_PREFIX + name, "").strip().lower()
+    value = stored.get(_KEYS[name])
+    return "" if value is None else os.fsdecode(value).strip().lower()
 
 
 def _warn_of_unknown_names() -> None:

@@ -36,11 +36,14 @@ def is_dtensor(x: object) -> bool:
     return _is_of(x, "torch.distributed.tensor", "DTensor")
 
 
+def is_watched() -> bool:
+    """Whether a dispatch mode of this thread looks on."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def is_observed(x: Tensor) -> bool:
     """Whether a call on ``x`` must be an operator of torch: it is traced, a dispatch mode looks on, or ``x`` has a shape alone."""
-    return (
-        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or x.is_meta or type(x) is FakeTensor
-    )
+    return torch.compiler.is_compiling() or is_watched() or x.is_meta or type(x) is FakeTensor
 
 
 def settled(name: str, x: Any) -> Any:

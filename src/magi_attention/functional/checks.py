@@ -64,6 +64,8 @@ def check_one_mask(
     q_ranges: object, k_ranges: object, attn_type_map: object, mask: object, index_attn_indices: object
 ) -> None:
     """ValueError unless what is attended is given in one way: by ranges, by a mask, or by the indices of blocks."""
+    if q_ranges is not None and k_ranges is not None and mask is None and index_attn_indices is None:
+        return
     ranges = {"q_ranges": q_ranges, "k_ranges": k_ranges, "attn_type_map": attn_type_map}
     given = {**ranges, "mask": mask, "index_attn_indices": index_attn_indices}
     names = [name for name, value in given.items() if value is not None]

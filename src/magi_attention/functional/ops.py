@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from magi_attention import env
+from magi_attention.common.tensor_kinds import is_watched
 from magi_attention.functional.masks import is_capturing, kernel_mask
 from magi_attention.functional.once_differentiable import as_once_differentiable, refusal
 from magi_attention.functional.sink import apply_sink, sink_gradient
@@ -215,7 +215,7 @@ class FlexFlashAttention(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, q_ranges, k_ranges, attn_type_map, *options, return_max_logits = inputs
         ctx.mask = None
-        if is_in_torch_dispatch_mode():
+        if is_watched():
             output = flex_flash_attn(*inputs)
         else:
             ctx.mask = kernel_mask(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
@@ -226,7 +226,7 @@ class FlexFlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        mask = None if is_in_torch_dispatch_mode() else ctx.mask
+        mask = None if is_watched() else ctx.mask
         if mask is not None and ctx.is_captured != is_capturing(ctx.device):
             mask = None  # lists that a graph makes are there when it is replayed, and not for others
         return _differentiate(ctx, *grads, mask=mask)

@@ -21,6 +21,8 @@ from magi_attention.plan.swaps import SwapSearch
 from magi_attention.plan.walks import MANY_CHUNKS, starts
 
 _NUM_RELIEFS = 64
+# Another start is taken for its balance if its largest load is at most so many times the first one's.
+_MOST_LOAD = 1.25
 # Ranks whose received rows are reduced, in a round: those of the largest load.
 _NUM_REDUCED = 512
 
@@ -45,10 +47,12 @@ def affinity(demand: ChunkDemand, num_ranks: int, area_limit: int, tight_limit: 
 
 
 def _first_within(demand: ChunkDemand, found: list[Ints], num_ranks: int, area_limit: int) -> SwapSearch:
-    """The first of the assignments that can be mended to the limit; where none can, the first of all."""
+    """The first of the assignments that can be mended to the limit and loads no rank much more than the first does; else the first."""
     first: SwapSearch | None = None
     for owner in found:
         search = SwapSearch(demand, owner, num_ranks)
+        if first is not None and search.load.max() > _MOST_LOAD * first.load.max():
+            break
         search.mend(area_limit, num_swaps=2 * num_ranks)
         first = first or search
         if search.area.max() <= area_limit:
@@ -68,7 +72,7 @@ def improve(search: SwapSearch, area_limit: int) -> None:
         search.relieve(area_limit, num_swaps=_NUM_RELIEFS)
         search.reduce(area_limit, num_reduced)
     search.mend(area_limit, num_swaps=2 * search.num_ranks)
-    search.relieve(area_limit, num_swaps=_NUM_RELIEFS)
+    search.relieve(area_limit, num_swaps=_NUM_RELIEFS // 2)
 
 
 def top_p_heap(demand: ChunkDemand, num_ranks: int, max_chunks: int, top_p: float) -> Ints:

@@ -28,6 +28,8 @@ from magi_attention.plan.layout import ShardLayout
 
 # How far over the best balance a rank's area may be where that saves communication, in thousandths of it.
 AREA_SLACK_PERMILLE = 1045
+# The search aims at that, and its result is accepted up to this.
+ACCEPTED_PERMILLE = 1050
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +90,7 @@ def _affinity(problem: DispatchProblem, alg: AffinityDispatchAlg) -> Iterator[In
     limit = problem.even_limit if tight <= problem.even_limit else tight * AREA_SLACK_PERMILLE // 1000
     found = affinity(problem.demand(), num_ranks, limit, tight)
     roomy = next(found)
-    if problem.largest_area(roomy) <= limit:
+    if problem.largest_area(roomy) <= limit * ACCEPTED_PERMILLE // AREA_SLACK_PERMILLE:
         yield roomy
     yield heap
     yield from (owner for owner in found if problem.largest_area(owner) <= tight)
