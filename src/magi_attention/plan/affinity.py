@@ -48,17 +48,24 @@ def affinity(demand: ChunkDemand, num_ranks: int, area_limit: int, tight_limit: 
 
 def _first_within(demand: ChunkDemand, found: list[Ints], num_ranks: int, area_limit: int) -> SwapSearch:
     """The first of the assignments that can be mended to the limit and loads no rank much more than the first does; else the first."""
-    first: SwapSearch | None = None
-    for owner in found:
+
+    def mended(owner: Ints) -> SwapSearch:
         search = SwapSearch(demand, owner, num_ranks)
-        if first is not None and search.load.max() > _MOST_LOAD * first.load.max():
-            break
         search.mend(area_limit, num_swaps=2 * num_ranks)
-        first = first or search
-        if search.area.max() <= area_limit:
-            return search
-    assert first is not None
-    return first
+        return search
+
+    most_load = _MOST_LOAD * max_load(demand, found[0], num_ranks)
+    for owner in found:
+        if max_load(demand, owner, num_ranks) <= most_load:
+            search = mended(owner)
+            if search.area.max() <= area_limit:
+                return search
+    return mended(found[0])
+
+
+def max_load(demand: ChunkDemand, owner: Ints, num_ranks: int) -> int:
+    """Rows received or sent, whichever are more, by the rank where they are most."""
+    return int(np.maximum(*traffic(demand, owner, num_ranks)).max())
 
 
 def improve(search: SwapSearch, area_limit: int) -> None:

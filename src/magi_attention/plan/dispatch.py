@@ -61,10 +61,14 @@ class DispatchProblem:
         """Min-heap's assignment, which is about as even as chunks of these areas allow."""
         return balance.min_heap(self.areas, self.num_ranks, self.max_chunks)
 
+    def permille_of_mean(self, permille: int) -> int:
+        """So many thousandths of a rank's mean area."""
+        return int(self.areas.sum()) * permille // (1000 * self.num_ranks)
+
     @property
-    def even_limit(self) -> int:
-        """How large a rank's area may be where that saves communication, if all ranks had the mean."""
-        return int(self.areas.sum()) * AREA_SLACK_PERMILLE // (1000 * self.num_ranks)
+    def can_be_even(self) -> bool:
+        """Whether min-heap brings every rank so near to the mean as is accepted."""
+        return self.largest_area(self.heap) <= self.permille_of_mean(ACCEPTED_PERMILLE)
 
     def largest_area(self, owner: Ints) -> int:
         loads = np.zeros(self.num_ranks, np.int64)
@@ -87,10 +91,14 @@ def _affinity(problem: DispatchProblem, alg: AffinityDispatchAlg) -> Iterator[In
         yield heap
         return
     tight = problem.largest_area(heap)
-    limit = problem.even_limit if tight <= problem.even_limit else tight * AREA_SLACK_PERMILLE // 1000
-    found = affinity(problem.demand(), num_ranks, limit, tight)
+    if problem.can_be_even:
+        wanted, accepted = (problem.permille_of_mean(permille) for permille in (AREA_SLACK_PERMILLE, ACCEPTED_PERMILLE))
+        wanted = max(wanted, tight)
+    else:
+        wanted = accepted = tight * AREA_SLACK_PERMILLE // 1000
+    found = affinity(problem.demand(), num_ranks, wanted, tight)
     roomy = next(found)
-    if problem.largest_area(roomy) <= limit * ACCEPTED_PERMILLE // AREA_SLACK_PERMILLE:
+    if problem.largest_area(roomy) <= accepted:
         yield roomy
     yield heap
     yield from (owner for owner in found if problem.largest_area(owner) <= tight)

@@ -55,7 +55,7 @@ def joint_layout(
 
     for cut in cuts_to_try(masks[0].num_q, num_ranks, config.dispatch_config, min_chunks_per_rank, pad_size, weighted):
         problem = DispatchProblem(bands, cut.edges, cut.edges, True, weighted(cut.edges), num_ranks)
-        if problem.largest_area(problem.heap) <= problem.even_limit:
+        if problem.can_be_even:
             break
     areas = areas_by_mask(cut.edges)
     by_sum = dispatch(problem, config.dispatch_config)

@@ -172,7 +172,7 @@ def _dispatched(
             cut.num_ranks,
         )
         found = candidates(problem, config)
-        if problem.largest_area(problem.heap) > problem.even_limit and (following := next(cuts, None)) is not None:
+        if not problem.can_be_even and (following := next(cuts, None)) is not None:
             continue
         first = next(found)
         if first is problem.heap and problem.areas.any() and (following := next(cuts, None)) is not None:
