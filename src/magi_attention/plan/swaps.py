@@ -19,6 +19,8 @@ from magi_attention.plan.chunk_demand import ChunkDemand, count_needs, traffic
 _NUM_EXACT = 4
 # Of the others' chunks, the ones whose coming and going alone costs least are looked at.
 _NUM_THEIRS = 256
+# Once so many of the busiest ranks are helped by no swap, the others are not looked at: the largest load stays what it is.
+_MOST_STUCK = 8
 _NEVER = np.iinfo(np.int64).max
 
 
@@ -115,7 +117,7 @@ class SwapSearch:
         for _ in range(num_swaps):
             load = self.load
             busiest = int(np.argmax(np.where(stuck, -1, load)))
-            if stuck[busiest]:
+            if stuck[busiest] or np.count_nonzero(stuck) > _MOST_STUCK:
                 return
             view = SwapView(self, busiest)
             before, ceiling = int(load[busiest]), int(load.max())
