@@ -47,7 +47,14 @@ TESTED = (
 TESTED_APART = {"hopper": "test_hopper.py"}
 
 # What of the suite the interpreter, which is slow, runs in `make test`; the rest of it runs in `make test-long`.
-QUICK_IN_INTERPRETER = {"test_mask": torch.float32, "test_softcap": torch.float16, "test_head_dims": torch.bfloat16}
+QUICK_IN_INTERPRETER = {
+    "test_mask": torch.float32,
+    "test_softcap": torch.float16,
+    "test_head_dims": torch.bfloat16,
+    "test_poison_reaches_what_attends_it": torch.bfloat16,
+    "test_poison_merged_from_parts": torch.float32,
+    "test_rows_that_attend_nothing_take_no_part": torch.float32,
+}
 
 
 def _marks(tested: Tested, test: str, dtype: torch.dtype | None = None) -> list[pytest.MarkDecorator]:
