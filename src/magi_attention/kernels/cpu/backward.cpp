@@ -57,22 +57,29 @@ struct Kernel {
   int group() const { return (int)(p.hq / p.hk); }
 
   Row row_of_tile(const BandTile& x, const Strips& strips, int row, int64_t kv) const {
-    if (row >= x.rows) return {vf{}, vf{}, 0, 0};
+    if (row >= x.rows) return {0.f, vf{}, 0, 0};
     int64_t q = x.query(row), at = x.a * p.hq + kv * group() + x.skipped + row + (q - x.a) * (p.hq - group());
     bool any = in.lse[at] != -INFINITY;
-    return {splat(in.lse[at]), splat(in.delta[at] * p.scale), any ? strips.rows[row].begin : 0, any ? strips.rows[row].end : 0};
+    return {in.lse[at], splat(in.delta[at] * p.scale), any ? strips.rows[row].begin : 0, any ? strips.rows[row].end : 0};
   }
 
+  // Of the rows of a tile: 0, or NaN where one is not finite. Such a row makes none of its products finite, so a vector of each tells.
+  struct Finite { vf q{}, dout{}; };
+
   // E::n rows of a tile from one on; columns [begin, end), whole vectors.
-  void differentiate_rows(const BandTile& x, const Strips& strips, int first, int64_t kv, int begin, int end) const {
+  void differentiate_rows(const BandTile& x, const Strips& strips, int first, int64_t kv, int begin, int end, Finite& finite) const {
     float *score = s.scores + first * LEAD, *dscore = s.dscores + first * LEAD;
     Row row[E::n];
     for (int i = 0; i < E::n; i++) row[i] = row_of_tile(x, strips, first + i, kv);
+    for (int i = 0; i < std::min(E::n, x.rows - first); i++) {
+      int c = i * LEAD + strips.rows[first + i].begin / VL * VL;
+      finite.q += load(score + c) * 0.f, finite.dout += load(dscore + c) * 0.f;
+    }
     int full_begin = row[0].r0, full_end = row[0].r1;
     for (int i = 1; i < E::n; i++) full_begin = std::max(full_begin, row[i].r0), full_end = std::min(full_end, row[i].r1);
-    auto act = [&](int c, auto partial) {
+    auto act = [&](int c, auto partial, auto ordinary) {
       Gradient of[E::n];
-      for (int i = 0; i < E::n; i++) of[i] = differentiate<partial>(p, row[i], c, load(score + i * LEAD + c), load(dscore + i * LEAD + c));
+      for (int i = 0; i < E::n; i++) of[i] = differentiate<partial, ordinary>(p, row[i], c, load(score + i * LEAD + c), load(dscore + i * LEAD + c));
       for (int i = 0; i < E::n; i++) E::put(dscore + i * LEAD, c, of[i].dscore);
       if constexpr (E::n == 1) {
         store(score + c, of[0].prob);
@@ -82,10 +89,15 @@ struct Kernel {
       }
     };
     full_begin = std::min(end, (full_begin + VL - 1) / VL * VL), full_end = full_end / VL * VL;
-    int c = begin;
-    for (; c < full_begin; c += VL) act(c, std::true_type{});
-    for (; c < full_end; c += VL) act(c, std::false_type{});
-    for (; c < end; c += VL) act(c, std::true_type{});
+    auto act_on_all = [&](auto ordinary) {
+      int c = begin;
+      for (; c < full_begin; c += VL) act(c, std::true_type{}, ordinary);
+      for (; c < full_end; c += VL) act(c, std::false_type{}, ordinary);
+      for (; c < end; c += VL) act(c, std::true_type{}, ordinary);
+    };
+    bool all_ordinary = true;
+    for (int i = 0; i < E::n; i++) all_ordinary &= row[i].is_ordinary();
+    all_ordinary ? act_on_all(std::true_type{}) : act_on_all(std::false_type{});
     // Strips of keys look at a row up to MR - 1 columns (in pairs, one more) away from what it attends: there it is 0.
     constexpr int around = (MR + VL) / VL * VL;
     for (int i = 0; i < E::n; i++)
@@ -126,19 +138,13 @@ struct Kernel {
     };
     along(q, s.k_along, s.scores);
     along(dout, s.v_along, s.dscores);
-    // A row that is not finite makes none of its products finite: one of each tells.
-    auto all_finite = [&](const float* products) {
-      float sum = 0;
-      for (int r = 0; r < x.rows; r++) sum += products[r * LEAD + strips.rows[r].begin] * 0.f;
-      return sum == 0.f;
-    };
-    bool finite_q = all_finite(s.scores), finite_dout = all_finite(s.dscores);
+    Finite finite;
     for (const Strip& strip : strips)
-      for (int r = strip.row; r < strip.row + strip.rows; r += E::n) differentiate_rows(x, strips, r, kv, strip.first(), strip.last());
+      for (int r = strip.row; r < strip.row + strip.rows; r += E::n) differentiate_rows(x, strips, r, kv, strip.first(), strip.last(), finite);
     Range keys{std::max(packed.begin, x.band.k0 - x.keys.begin), std::min(packed.end, x.band.k1 - x.keys.begin)};
     to_queries(x, strips, kv, part, k, keys, finite_k, fetch_some);
-    to_keys(s.probs_across(), dout_across, s.out, s.dv, x, value_output(kv), finite_dout, fetch_some);
-    to_keys(s.dscores_across(), q_across, s.in, s.dk, x, key_output(kv), finite_q, fetch_some);
+    to_keys(s.probs_across(), dout_across, s.out, s.dv, x, value_output(kv), !any(finite.dout != 0.f), fetch_some);
+    to_keys(s.dscores_across(), q_across, s.in, s.dk, x, key_output(kv), !any(finite.q != 0.f), fetch_some);
   }
 
   // The rows of a tile, and one of zeros, which completes the last word.

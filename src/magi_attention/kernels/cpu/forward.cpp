@@ -260,8 +260,7 @@ struct Kernel {
       vf top = highest > before ? highest : before;
       store(s.top + j, top);
       if (!any(shrinks)) return top;
-      Softmax<E> softmax = kernel.softmax();
-      vf shrink = shrinks ? exp2v((softmax.logit(before) - softmax.logit(highest)) * LOG2E) : splat(1.f);
+      vf shrink = shrinks ? kernel.softmax().shrink(before, highest) : splat(1.f);
       store(s.total + j, load(s.total + j) * shrink);
       for (int i = 0; i < VL; i++) {
         if (!shrinks[i] || s.out.state(j + i) == SumRows::EMPTY) continue;

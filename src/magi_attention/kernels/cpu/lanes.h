@@ -66,8 +66,8 @@ class LaneSpans {
   int right_of(int lane) const { return std::min(k1, queries[lane] + hi + 1); }
 };
 
-// Scores of a tile, [keys][LANES], to probabilities, as words, [words of keys][LANES], in place. Logits are natural, and rounded as the backward
-// rounds them: however large they are, the largest less the lse is what it is in exact arithmetic.
+// Scores of a tile, [keys][LANES], to probabilities, as words, [words of keys][LANES], in place. Scores are subtracted before they are scaled:
+// however large they are, that loses nothing between neighbours.
 template <class E>
 struct Softmax {
   float scale, softcap;
@@ -75,6 +75,8 @@ struct Softmax {
   // A logit is this times a score, or a top times its magnitude.
   float factor() const { return softcap > 0 ? 1.f : scale; }
   vf logit(vf top) const { return rounded(top * std::abs(factor())); }
+  // What the sums of a lane shrink by where its top rises.
+  vf shrink(vf before, vf top) const { return exp2v((before - top) * (std::abs(factor()) * LOG2E)); }
 
   // The score of the largest logit of each lane of vector v, negated where the factor is negative. With a softcap, scores become capped ones, and
   // `raw_top` is raised to the largest logit before that.
@@ -86,15 +88,16 @@ struct Softmax {
   // Returns the sum of each lane.
   vf soften(const LaneSpans& x, int v, float* scores, vf top) const {
     vf sums[E::n] = {};
-    float f = factor();
+    float f = factor() * LOG2E;
     float* words = scores + v * VL;
-    top = top > -INFINITY ? logit(top) : vf{};  // else no logit less itself would be NaN
+    top = top > -INFINITY ? top : vf{};  // else no score less itself would be NaN
+    if (f < 0) top = -top;
     int first = x.first / E::n * E::n;
     for (int key = first; key < x.vectors[v].begin / E::n * E::n; key += E::n) store(words + key / E::n * LANES, vf{});
     each_key(x, v, E::n, [&](int key, auto partial) {
       vf e[E::n];
       for (int i = 0; i < E::n; i++) {
-        e[i] = exp2v((rounded(load(scores + (key + i) * LANES + v * VL) * f) - top) * LOG2E);  // as for the top: it less itself is 0
+        e[i] = exp2v((load(scores + (key + i) * LANES + v * VL) - top) * f);
         if (partial) e[i] = attended(x, v, key + i) ? e[i] : vf{};
         sums[i] += e[i];
       }

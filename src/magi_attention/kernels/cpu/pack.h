@@ -40,13 +40,15 @@ template <class E>
 class Scan {
  public:
   // `chain`: 0 to 3. A sum's next term waits for the one before, so there are four.
-  void see(int chain, vf words) {
-    if constexpr (E::n == 1) {
-      sums[chain] += words * 0.f;
-    } else {
-      sums[chain] += (vf)((vi)words & (int32_t)0xffff0000) * 0.f;
-      sums[chain ^ 2] += (vf)((vu)words << 16) * 0.f;
-    }
+  void see(int chain, vf words) { sums[chain] = E::madd(words, vf{}, sums[chain]); }
+  void see_all(const float* words, int64_t count) {  // whole vectors
+    Scan own = *this;  // in registers
+    int64_t i = 0;
+    for (; i + 4 * VL <= count; i += 4 * VL)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) own.see(j, load(words + i + j * VL));
+    for (; i < count; i += VL) own.see(0, load(words + i));
+    *this = own;
   }
   bool all_finite() const {
     vf sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
@@ -231,15 +233,17 @@ static Across pack_across(const Row& row, const Columns<E>& columns, int tokens,
   static_assert(E::n == 2, "rows of single floats are that already");
   int64_t words = tokens / E::n;
   auto at = [&](int64_t column, int64_t word) { return to + column / NR * NR * words + word * NR + column % NR; };
+  Seen own = seen;  // in registers
   for (int64_t t = begin / E::n; t < ceil_div(end, E::n); t++) {
     const char *first = row(std::max<int64_t>(t * E::n, begin)), *second = row(std::min<int64_t>(t * E::n + 1, end - 1));
     for (int64_t w = 0; w < columns.stride; w += VL) {
       vf even = load_bytes(first + w * (int64_t)sizeof(float)), odd = load_bytes(second + w * (int64_t)sizeof(float));
-      seen.see(0, even), seen.see(1, odd);
+      own.see(0, even), own.see(1, odd);
       store(at(2 * w, t), interleave_halves<false>(even, odd));
       if (2 * w + VL < columns.count) store(at(2 * w + VL, t), interleave_halves<true>(even, odd));
     }
   }
+  seen = own;
   return {to, NR, NR * words};
 }
 
@@ -254,7 +258,7 @@ static inline Across rows_across(const WordRows& rows, const Columns<E>& columns
         copy_row((const float*)rows.row(i), columns, copy + i * columns.stride, seen);
       }
     } else {
-      for (int64_t at = begin * columns.stride; at < end * columns.stride; at += VL) seen.see((int)(at / VL % 4), load(copy + at));
+      seen.see_all(copy + begin * columns.stride, (end - begin) * columns.stride);
     }
     return {copy, columns.stride, NR};
   } else {
