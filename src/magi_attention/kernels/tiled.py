@@ -6,8 +6,10 @@ softmax of Milakov and Gimelshein (2018) forward and the recomputed probabilitie
 
 Low-precision tiles are widened before they are multiplied: torch's CPU products of bfloat16 round their results to it.
 
-NaN and infinity in a row of q, k, v or dout reach exactly the queries and keys that attend, or are attended by, that row. Inputs are
-looked at once a call; where one is not finite, products are made by `attended_product`.
+NaN and infinity in a row of q, k, v or dout reach exactly the queries and keys that attend, or are
+attended by, that row. Inputs are looked at once a call, which waits for a GPU; where one is not
+finite, products are made by `attended_product`. During CUDA graph capture nobody can look: inputs
+are taken for finite, and NaN may then reach other rows of a tile.
 
 Shapes: num_q, num_k tokens; hq = hk * g heads; d, dv head dims. Inside a tile of r queries the g query heads that share a key head
 are rows of one matrix, ``[hk, r * g, ...]`` with row ``i * g + head``: k and v are read once for all of them, and never repeated.

@@ -3,6 +3,14 @@
 It takes bfloat16 and float16 heads of 64 or 128 columns, without softcap; ``triton`` takes the rest. The fused backward adds up dq in the
 order in which blocks come: deterministic backwards are left to ``triton``'s kernels, and so are masks on the device of too many slices.
 Gluon has no interpreter, so without such a GPU these kernels can be compiled but not run.
+
+NaN and infinity go further here than in ``triton``: a masked probability of 0 is multiplied by all
+rows of its tile, and 0 * NaN is NaN. NaN in a row of k or v can reach queries of another document
+that share a tile with a query that attends the row; NaN in q or dout can reach keys likewise.
+``MAGI_ATTENTION_BACKEND=triton`` keeps it within its slice.
+
+No probability in the backward is above 1, so gradients are finite at logits of any size. From
+about 1e6 on, float32 cannot tell neighbouring logits apart, and probabilities may be too small.
 """
 
 from __future__ import annotations
