@@ -12,13 +12,15 @@ The classes of torch.distributed are looked up among the imported modules: witho
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 # Types of arguments that are no tensors of a subclass: asking this costs a fifth of what isinstance does.
 _PLAIN = frozenset({Tensor, Parameter, type(None), bool, int, float, str})
@@ -41,9 +43,33 @@ def is_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def has_no_values(x: Tensor) -> bool:
+    """Whether ``x`` has a shape alone."""
+    return x.is_meta or type(x) is FakeTensor
+
+
 def is_observed(x: Tensor) -> bool:
     """Whether a call on ``x`` must be an operator of torch: it is traced, a dispatch mode looks on, or ``x`` has a shape alone."""
-    return torch.compiler.is_compiling() or is_watched() or x.is_meta or type(x) is FakeTensor
+    return torch.compiler.is_compiling() or is_watched() or has_no_values(x)
+
+
+@contextmanager
+def for_keeping() -> Iterator[None]:
+    """Tensors made in here are plain ones, to be kept: those of modes and of `torch.inference_mode` are of use in there alone."""
+    with torch.inference_mode(False):
+        if torch.compiler.is_dynamo_compiling() or not is_watched():
+            yield
+        else:
+            with _disable_current_modes():
+                yield
+
+
+def as_constant(x: Tensor) -> Tensor:
+    """A kept tensor ``x`` as modes take it: fake tensors of the same values, or a constant of a graph, are made of it as of a new one."""
+    if torch.compiler.is_dynamo_compiling() or not is_watched():
+        return x
+    constant: Tensor = torch.ops.aten.lift_fresh(x)
+    return constant
 
 
 def settled(name: str, x: Any) -> Any:

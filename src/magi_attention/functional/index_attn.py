@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from magi_attention import env
+from magi_attention.common.tensor_kinds import has_no_values
 from magi_attention.functional.masks import Tables, is_capturing
 from magi_attention.mask.blocks import check_indices, check_listed_once, in_tokens, runs_of_indices
 from magi_attention.mask.cells import stack_runs
@@ -67,7 +68,7 @@ def tables_of_indices(
     """
     sizes = (check_length(block_sizes[0], "q_block_size", 1), check_length(block_sizes[1], "k_block_size", 1))
     _check_shape(indices, -(-num_q // sizes[0]), num_heads_kv, device)
-    if torch.compiler.is_compiling() or type(indices).__name__ == "FakeTensor" or is_capturing(device):
+    if torch.compiler.is_compiling() or has_no_values(indices) or is_capturing(device):
         return _unread_tables(indices, sizes, num_q, num_k)
     key: tuple[Any, ...] | None = None
     if not indices.is_inference():  # whose writes are not counted

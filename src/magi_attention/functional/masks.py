@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from magi_attention import env
+from magi_attention.common.tensor_kinds import as_constant, for_keeping
 from magi_attention.functional.checks import read_slices
 from magi_attention.kernels.interface import DeviceMask, KernelMask
 from magi_attention.mask import AttnMask
@@ -142,7 +143,6 @@ def tables_of_mask(mask: AttnMask, num_q: int, num_k: int, device: torch.device)
         _tables[key] = found
     by_device = found[1]
     if device not in by_device:
-        # Made under inference_mode, they could not be used in training.
-        with torch.inference_mode(False):
+        with for_keeping():
             by_device[device] = tuple(torch.from_numpy(table.astype(np.int32)).to(device) for table in mask.to_slices())  # type: ignore[assignment]
-    return by_device[device]
+    return tuple(as_constant(table) for table in by_device[device])  # type: ignore[return-value,arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any, ParamSpec
 
@@ -40,7 +41,8 @@ def in_asked_precision(
         if asked is None or not _are_floating(q, k, v):
             return attend(q, k, v, *args, **kwargs)  # type: ignore[arg-type] # which refuses what is not floating
         dtype = MagiAttentionPrecision(asked).to_torch_dtype()
-        with torch.autocast(q.device.type, enabled=False):
+        # meta has no autocast
+        with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
             out, meta = attend(q.to(dtype), k.to(dtype), v.to(dtype), *args, **kwargs)  # type: ignore[arg-type]
         wide = accumulation_dtype(q.dtype)
         return out.to(q.dtype), AttnForwardMeta(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.common.enum import AttnRole
+from magi_attention.common.tensor_kinds import as_constant, for_keeping
 from magi_attention.kernels.interface import KernelMask
 from magi_attention.plan import AttnPlan, RankPlan, ShardLayout, StagePlan, build_plan
 from magi_attention.plan.cost import Heads
@@ -74,9 +75,9 @@ class Session:
         """``[num_local_rows]`` int64 on ``device``: global positions of this rank's rows, padding at or behind the total."""
         at = ("positions", self.layout(role) is self.plan.q_layout, device)
         if at not in self.derived:
-            self.derived[at] = torch.from_numpy(self.layout(role).positions(self.key.cp_rank)).to(device)
-        positions: Tensor = self.derived[at]
-        return positions
+            with for_keeping():
+                self.derived[at] = torch.from_numpy(self.layout(role).positions(self.key.cp_rank)).to(device)
+        return as_constant(self.derived[at])
 
 
 def open_session(key: DistAttnRuntimeKey, layout_session: Session | None) -> Session:
