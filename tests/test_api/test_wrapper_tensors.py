@@ -204,6 +204,15 @@ def refuse_other_placements() -> None:
         for move in movers(key):
             with pytest.raises(ValueError, match=r"to_local\(\).*local_map"):
                 move(x)
+    sharded_q, sharded_k, sharded_v = sharded
+    wrong: list[tuple[Callable[..., Any], str]] = [
+        (lambda: flex_flash_attn_func(*sharded, *tables(), q=sharded_q), "multiple values for argument 'q'"),
+        (lambda: flex_flash_attn_func(*sharded, *tables(), sharded_v), "positional arguments"),
+        (lambda: flex_flash_attn_func(sharded_q, sharded_k), "'v'"),
+    ]
+    for refused, message in wrong:
+        with pytest.raises(TypeError, match=message):
+            refused()
     with pytest.raises(ValueError, match=r"ranks \[0, 1, 2, 3\] in both"):
         calc_attn(*sharded, key)
     with pytest.raises(ValueError, match=r"ranks \[0, 1, 2, 3\] in both"):

@@ -38,12 +38,17 @@ def accepts_dtensors(
     """
 
     def decorate(attend: Attention[P]) -> Attention[P]:
-        names = tuple(inspect.signature(attend).parameters)
+        parameters = inspect.signature(attend).parameters
+        names = tuple(parameters)
+        num_positional = sum(one.kind is not one.KEYWORD_ONLY for one in parameters.values())
 
         @functools.wraps(attend)
         def call(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, AttnForwardMeta]:
             if is_plain(*args, *kwargs.values()):
                 return attend(*args, **kwargs)
+            by_position = names[: len(args)]
+            if len(args) > num_positional or any((name in by_position) == (name in kwargs) for name in ("q", "k", "v")):
+                return attend(*args, **kwargs)  # which Python refuses
             args = tuple(settled(names[at] if at < len(names) else "an argument", x) for at, x in enumerate(args))  # type: ignore[assignment]
             kwargs = {name: settled(name, x) for name, x in kwargs.items()}  # type: ignore[assignment]
             if not any(is_dtensor(x) for x in (*args, *kwargs.values())):
