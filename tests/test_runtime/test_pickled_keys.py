@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader, Dataset
 
 from magi_attention.api import (
@@ -154,6 +156,20 @@ def check_on_ranks() -> None:
     moved = unbound.bind(alone)
     assert (moved.cp_size, moved.cp_group) == (1, alone)
     assert plan_of(moved).num_ranks == 1
+
+
+def check_nodes_on_other_ranks() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("inter", "intra"))
+    os.environ["MAGI_ATTENTION_HIERARCHICAL_COMM"] = "1"
+    edges = [0, 10, TOTAL]
+    key = magi_attn_varlen_key(edges, edges, 4, 2, 16, causal=True, cp_group_or_mesh=mesh)
+    assert loaded(key).bind(mesh) is key
+    for ranks in (mesh["intra"], mesh["intra"].get_group()):
+        assert loaded(key).bind(ranks).cp_size == 2
+
+
+def test_a_key_of_nodes_is_bound_to_a_mesh_as_to_its_group() -> None:
+    shared_pool().run(check_nodes_on_other_ranks, num_ranks=4)
 
 
 class Layer(nn.Module):

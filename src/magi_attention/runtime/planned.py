@@ -44,7 +44,7 @@ def bind(key: DistAttnRuntimeKey, cp_group_or_mesh: dist.ProcessGroup | DeviceMe
     group, mesh = resolve_group(cp_group_or_mesh), mesh_of(cp_group_or_mesh)
     per_node = key.ranks_per_node
     with telling_peers(group):
-        if per_node is not None and mesh is not None:
+        if per_node is not None and mesh is not None and mesh.ndim == 2:
             per_node = nodes_of(mesh)
     layout_key = None if key.layout_key is None else bind(key.layout_key, cp_group_or_mesh)
     bound = dataclasses.replace(
