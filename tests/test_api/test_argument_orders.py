@@ -116,6 +116,11 @@ def test_ints_of_any_kind_are_chunk_sizes() -> None:
         assert probe("varlen")(1, 1, 1, 1, 1, None, size, GROUP)["chunk_size"] is size
 
 
+def test_bools_of_numpy_are_flags() -> None:
+    got = probe("varlen")(1, 1, 1, 1, 1, None, None, np.True_)
+    assert (got["cp_group_or_mesh"], got["causal"]) == (None, True)
+
+
 @pytest.mark.parametrize("wrong", ["512", 512.0, (512,), True])
 def test_what_is_neither_chunks_nor_group(wrong: Any) -> None:
     with pytest.raises(

@@ -22,6 +22,7 @@ from magi_attention.api import (
     get_most_recent_key,
     magi_attn_flex_dispatch,
     magi_attn_flex_key,
+    magi_attn_joint_keys,
     magi_attn_varlen_dispatch,
     magi_attn_varlen_key,
     make_flex_key_for_new_mask_after_dispatch,
@@ -153,6 +154,10 @@ def test_what_is_no_tensor() -> None:
         roll(q, 1.5, 0, key)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dim must be an axis of x"):
         roll(q, 1, (0,), key)  # type: ignore[arg-type]
+    axis: Any = np.int64(0)
+    assert torch.equal(roll(q, 1, axis, key), q.roll(1, 0))
+    with pytest.raises(ValueError, match=r"masks\[1\] must be an AttnMask, got a str"):
+        magi_attn_joint_keys([key.mask, "full"], [1, 1], 4, 2, 8)  # type: ignore[list-item]
 
 
 def test_numbers_that_would_make_every_output_nan() -> None:

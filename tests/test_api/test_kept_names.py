@@ -127,6 +127,8 @@ def test_the_cache_as_a_dictionary() -> None:
     assert key not in dist_attn_runtime_dict_mgr
     assert dist_attn_runtime_dict_mgr.get(key) is None
     assert dist_attn_runtime_dict_mgr.get(key, "none") == "none"
+    assert "a name" not in dist_attn_runtime_dict_mgr
+    assert dist_attn_runtime_dict_mgr.get("a name") is None  # type: ignore[arg-type]
     with pytest.raises(KeyError):
         dist_attn_runtime_dict_mgr[key]
     with pytest.raises(ValueError, match="no plan stands"):

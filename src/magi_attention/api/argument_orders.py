@@ -15,6 +15,7 @@ from functools import wraps
 from operator import index
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch.distributed as dist
 
 from magi_attention.config import DistAttnConfig
@@ -105,7 +106,7 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, (tuple, list))
     if name == "dist_attn_config":
         return isinstance(value, DistAttnConfig)
-    return isinstance(value, bool)
+    return isinstance(value, (bool, np.bool_))
 
 
 def _is_int(value: Any) -> bool:

@@ -110,7 +110,8 @@ def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, *, attn_role:
     """
     role = checks.check_role(attn_role)
     shift = checks.as_int("shift", shift, what="an int, by how many tokens")
-    if not isinstance(x, Tensor) or not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
+    dim = checks.as_int("dim", dim, what="an axis of x, an int")
+    if not isinstance(x, Tensor) or not -x.dim() <= dim < x.dim():
         axes = f"[{-x.dim()}, {x.dim()})" if isinstance(x, Tensor) else "a tensor's range"
         raise ValueError(f"dim must be an axis of x, in {axes}, got {dim}")
     if not is_plain(x):

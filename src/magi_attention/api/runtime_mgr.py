@@ -70,7 +70,7 @@ class DistAttnRuntimeDictManager:
 
     def get(self, key: DistAttnRuntimeKey, default: Any = None) -> Any:
         """The `DistAttnRuntimeMgr` of a key whose plan is cached, and ``default`` for another. Counts as a use of the plan."""
-        session = cache.find_session(key)
+        session = cache.find_session(key) if isinstance(key, DistAttnRuntimeKey) else None
         return default if session is None else DistAttnRuntimeMgr(session.key)
 
     def __getitem__(self, key: DistAttnRuntimeKey) -> DistAttnRuntimeMgr:
@@ -79,8 +79,8 @@ class DistAttnRuntimeDictManager:
             raise KeyError(key)
         return manager  # type: ignore[no-any-return]
 
-    def __contains__(self, key: DistAttnRuntimeKey) -> bool:
-        return key in cache.keys_of(key.cp_group)
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, DistAttnRuntimeKey) and key in cache.keys_of(key.cp_group)
 
     def keys(self, cp_group: dist.ProcessGroup | DeviceMesh | None = None) -> list[DistAttnRuntimeKey]:
         """The keys of a group (omitted: the default one) whose plans are cached, least recently used first."""

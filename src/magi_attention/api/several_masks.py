@@ -136,6 +136,9 @@ def magi_attn_joint_keys(
     """
     if not masks or len(masks) != len(weights):
         raise ValueError(f"masks and weights must be equally many, at least one, got {len(masks)} and {len(weights)}")
+    for at, mask in enumerate(masks):
+        if not isinstance(mask, AttnMask):
+            raise ValueError(f"masks[{at}] must be an AttnMask, got a {type(mask).__name__}")
     companions = tuple(zip(masks, (float(weight) for weight in weights), strict=True))
     first = make_key(
         masks[0],
