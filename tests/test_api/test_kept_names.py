@@ -165,3 +165,14 @@ def test_the_package_alone_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'init_dist_attn'"):
         magi_attention.init_dist_attn  # noqa: B018
+
+
+def test_names_of_the_interface_module() -> None:
+    from magi_attention import api
+    from magi_attention.api import magi_attn_interface
+
+    names = (
+        "roll_simple GeneralAttnMaskType DistAttnRuntimeDictManager dist_attn_runtime_dict_mgr DispatchAlg OverlapAlg"
+    )
+    for name in names.split():
+        assert getattr(magi_attn_interface, name) is getattr(api, name)

@@ -28,7 +28,7 @@ from magi_attention.api.several_masks import (
 )
 from magi_attention.common import AttnRanges
 from magi_attention.common.enum import AttnMaskType
-from magi_attention.config import DistAttnConfig
+from magi_attention.config import DispatchAlg, DistAttnConfig, OverlapAlg
 from magi_attention.mask import AttnMask
 from magi_attention.mask.inputs import check_length
 from magi_attention.plan import AttnPlan
@@ -50,8 +50,10 @@ GeneralAttnMaskType: TypeAlias = str | AttnMaskType | Sequence[str | AttnMaskTyp
 roll_simple = roll
 
 __all__ = [
+    "DispatchAlg",
     "DistAttnRuntimeDictManager",
     "GeneralAttnMaskType",
+    "OverlapAlg",
     "calc_attn",
     "clear_cache",
     "dispatch",
