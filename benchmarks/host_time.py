@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.device, num_calls=10, repeats=200)))
+        print(json.dumps(measure(args.device, num_calls=10, repeats=100)))
         return
     rounds = [(in_a_process(SRC, args.device), in_a_process(args.beside, args.device)) for _ in range(args.rounds)]
     print(

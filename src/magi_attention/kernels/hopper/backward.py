@@ -136,9 +136,7 @@ def _consume(
                     if (m < inner_begin) | (m + BLOCK > inner_end):
                         # Loaded here and not before the loop, where registers are short.
                         s = mask_scores(s, m, row, load_segment(p_segments, at), BLOCK, scores)
-                    # At most 1, also where rounding puts a large logit above its lse.
-                    logit = s * scale_log2 - lse_s.index(slot).load(of_query)[None, :]
-                    p = gl.exp2(gl.where(logit > 0.0, 0.0, logit))
+                    p = gl.exp2(s * scale_log2 - lse_s.index(slot).load(of_query)[None, :])
                     b_p = p.to(q_s.dtype)
                     dp, p = warpgroup_mma_wait(0, deps=(dp, p))
                     ds = (p * (dp - delta_s.index(slot).load(of_query)[None, :])).to(q_s.dtype)
