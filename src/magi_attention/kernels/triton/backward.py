@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from magi_attention.kernels.triton.steps import add_product, attended, keep_finite, load_rows, tanh
+from magi_attention.kernels.triton.steps import add_to_rows, attended, edge_rows, load_rows, tanh
 
 
 @triton.jit
@@ -24,13 +24,11 @@ def _score_gradients(
         b_logit = b_s * scale_log2 - b_lse_log2
     # No logit is above the lse, except by the rounding of both, which is large where they are.
     b_p = tl.exp2(tl.minimum(b_logit, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    if MASKED:
+        b_p = tl.where(m_cells, b_p, 0.0)
     b_ds = b_p * (b_dp - b_delta)
     if CAPPED:
         b_ds = b_ds * (1.0 - b_t * b_t)
-    if MASKED:
-        # Rows that are not finite count as 0 in an edge's products. NaN of their lse and delta goes to what attends them.
-        b_p = tl.where(m_cells, b_p + b_delta * 0.0, 0.0)
-        b_ds = tl.where(m_cells, b_ds, 0.0)
     return b_p, b_ds
 
 
@@ -46,23 +44,21 @@ def _load_statistics(p_lse, p_delta, o_q, num_q, num_heads, head):
 
 @triton.jit
 def _keys_block(
-    b_k, b_v, b_dk, b_dv, p_q, p_do, p_lse, p_delta, s_qt, s_dot, o_q, end_q, num_heads, head, m_cells, scale_log2, cap_log2,
+    b_k, b_v, b_dk, b_dv, p_q, p_do, p_lse, p_delta, s_qt, s_dot, o_q, end_q, num_heads, head, m_rows, m_cells, scale_log2, cap_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b_q = load_rows(p_q, o_q, s_qt, end_q, tl.arange(0, BLOCK_D), D, MASKED)  # [q, d]
-    b_q = keep_finite(b_q, MASKED)
     # Transposed, [k, q], so that probabilities are the left side of their product as they come.
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
     b_do = load_rows(p_do, o_q, s_dot, end_q, tl.arange(0, BLOCK_DV), DV, MASKED)  # [q, dv]
-    b_do = keep_finite(b_do, MASKED)
     b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
     b_lse_log2, b_delta = _load_statistics(p_lse, p_delta, o_q, end_q, num_heads, head)
     b_p, b_ds = _score_gradients(
         b_s, b_dp, b_lse_log2[None, :], b_delta[None, :], m_cells, scale_log2, cap_log2, CAPPED, MASKED
     )
-    b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do, PRECISION)
-    b_dk = add_product(b_dk, b_ds.to(b_q.dtype), b_q, PRECISION)
+    b_dv = add_to_rows(b_dv, b_p.to(b_do.dtype), b_do, m_rows, MASKED, PRECISION)
+    b_dk = add_to_rows(b_dk, b_ds.to(b_q.dtype), b_q, m_rows, MASKED, PRECISION)
     return b_dk, b_dv
 
 
@@ -96,17 +92,18 @@ def dkdv_kernel(
             for start in tl.range(tl.load(p_inner + at * 2), tl.load(p_inner + at * 2 + 1), TILE_Q):
                 b_dk, b_dv = _keys_block(
                     b_k, b_v, b_dk, b_dv, p_qh, p_doh, p_lse, p_delta, s_qt, s_dot, start + tl.arange(0, TILE_Q), num_q,
-                    num_heads, head, m_all, scale_log2, cap_log2, D, DV, BLOCK_D, BLOCK_DV, CAPPED, False, PRECISION,
+                    num_heads, head, m_all, m_all, scale_log2, cap_log2, D, DV, BLOCK_D, BLOCK_DV, CAPPED, False, PRECISION,
                 )  # fmt: skip
         for at in range(edge_begin, edge_end):
             p_edge = p_edges + at * 6
+            m_edge_rows = edge_rows(o_k, p_edge)
             end_q = tl.minimum(tl.load(p_edge + 1), num_q)
             for start in tl.range(tl.load(p_edge), tl.load(p_edge + 1), TILE_Q, num_stages=1):
                 o_q = start + tl.arange(0, TILE_Q)
                 m_cells = attended(o_k, o_q, p_edge)  # the list is of the transposed table
                 b_dk, b_dv = _keys_block(
                     b_k, b_v, b_dk, b_dv, p_qh, p_doh, p_lse, p_delta, s_qt, s_dot, o_q, end_q,
-                    num_heads, head, m_cells, scale_log2, cap_log2, D, DV, BLOCK_D, BLOCK_DV, CAPPED, True, PRECISION,
+                    num_heads, head, m_edge_rows, m_cells, scale_log2, cap_log2, D, DV, BLOCK_D, BLOCK_DV, CAPPED, True, PRECISION,
                 )  # fmt: skip
     row = o_k.to(tl.int64) * num_kv_heads + kv_head
     _store_rows(p_dk, row, b_dk * scale, o_k < num_k, D, BLOCK_D)
@@ -122,19 +119,18 @@ def _store_rows(p, row, b_x, m_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _queries_block(
-    b_q, b_do, b_lse_log2, b_delta, b_dq, p_k, p_v, s_k, s_v, o_k, end_k, m_cells, scale_log2, cap_log2,
+    b_q, b_do, b_lse_log2, b_delta, b_dq, p_k, p_v, s_k, s_v, o_k, end_k, m_rows, m_cells, scale_log2, cap_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b_k = load_rows(p_k, o_k, s_k, end_k, tl.arange(0, BLOCK_D), D, MASKED)
     b_v = load_rows(p_v, o_k, s_v, end_k, tl.arange(0, BLOCK_DV), DV, MASKED)
-    b_k = keep_finite(b_k, MASKED)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     _, b_ds = _score_gradients(
         b_s, b_dp, b_lse_log2[:, None], b_delta[:, None], m_cells, scale_log2, cap_log2, CAPPED, MASKED
     )
-    return add_product(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)
+    return add_to_rows(b_dq, b_ds.to(b_k.dtype), b_k, m_rows, MASKED, PRECISION)
 
 
 @triton.jit
@@ -158,16 +154,17 @@ def dq_kernel(
     for at in range(tl.load(p_inner_rows + tile * 2), tl.load(p_inner_rows + tile * 2 + 1)):
         for start in tl.range(tl.load(p_inner + at * 2), tl.load(p_inner + at * 2 + 1), TILE_K):
             b_dq = _queries_block(
-                b_q, b_do, b_lse_log2, b_delta, b_dq, p_k, p_v, s_kt, s_vt, start + tl.arange(0, TILE_K), num_k, m_all,
+                b_q, b_do, b_lse_log2, b_delta, b_dq, p_k, p_v, s_kt, s_vt, start + tl.arange(0, TILE_K), num_k, m_all, m_all,
                 scale_log2, cap_log2, D, DV, BLOCK_D, BLOCK_DV, CAPPED, False, PRECISION,
             )  # fmt: skip
     for at in range(tl.load(p_edge_rows + tile * 2), tl.load(p_edge_rows + tile * 2 + 1)):
         p_edge = p_edges + at * 6
+        m_edge_rows = edge_rows(o_q, p_edge)
         end_k = tl.minimum(tl.load(p_edge + 1), num_k)
         for start in tl.range(tl.load(p_edge), tl.load(p_edge + 1), TILE_K, num_stages=1):
             o_k = start + tl.arange(0, TILE_K)
             b_dq = _queries_block(
-                b_q, b_do, b_lse_log2, b_delta, b_dq, p_k, p_v, s_kt, s_vt, o_k, end_k, attended(o_q, o_k, p_edge),
+                b_q, b_do, b_lse_log2, b_delta, b_dq, p_k, p_v, s_kt, s_vt, o_k, end_k, m_edge_rows, attended(o_q, o_k, p_edge),
                 scale_log2, cap_log2, D, DV, BLOCK_D, BLOCK_DV, CAPPED, True, PRECISION,
             )  # fmt: skip
     b_dq = b_dq * scale

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from magi_attention.common.merge_lse import merge_lse
-from magi_attention.kernels.triton.steps import add_product, attended, edge_rows, load_rows, tanh
+from magi_attention.kernels.triton.steps import add_to_rows, attended, edge_rows, load_rows, tanh
 
 
 @triton.jit
@@ -33,12 +33,7 @@ def _attend_block(
     b_total = b_total * b_shrink + tl.sum(b_p, 1)
     b_acc = b_acc * b_shrink[:, None]
     b_v = load_rows(p_v, o_k, s_v, end_k, tl.arange(0, BLOCK_DV), DV, MASKED)  # [k, dv]
-    if MASKED:
-        # 0 * NaN would reach rows of other documents: it goes to the segment's own by way of their totals.
-        b_zeros = b_v.to(tl.float32) * 0.0  # or NaN
-        b_v = tl.where(b_zeros == 0.0, b_v, 0.0)
-        b_total += tl.where(m_rows, tl.sum(b_zeros), 0.0)
-    b_acc = add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
+    b_acc = add_to_rows(b_acc, b_p.to(b_v.dtype), b_v, m_rows, MASKED, PRECISION)
     return b_acc, b_new, b_total, b_raw
 
 

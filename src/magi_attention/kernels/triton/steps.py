@@ -33,11 +33,11 @@ def add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def keep_finite(b_rows, MASKED: tl.constexpr):
-    """The right side of an edge segment's products, with 0 for what is not finite: 0 * NaN would reach rows of other documents."""
+def add_to_rows(b_sum, b_left, b_right, m_rows, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """`add_product`; of an edge segment, to its own rows alone: 0 * NaN of its other side would reach rows of other documents."""
     if MASKED:
-        return tl.where(b_rows.to(tl.float32) * 0.0 == 0.0, b_rows, 0.0)
-    return b_rows
+        return b_sum + tl.where(m_rows[:, None], tl.dot(b_left, b_right, input_precision=PRECISION), 0.0)
+    return add_product(b_sum, b_left, b_right, PRECISION)
 
 
 @triton.jit
@@ -49,8 +49,7 @@ def edge_rows(o_rows, p_edge):
 @triton.jit
 def tanh(x):
     """Of any size: 1 - 2 / (exp(2x) + 1), by a bounded exponent; near 0 by its series, where that loses digits."""
-    y = tl.maximum(x, -10.0, propagate_nan=tl.PropagateNan.ALL)
-    y = tl.minimum(y, 10.0, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.minimum(tl.maximum(x, -10.0), 10.0)
     e = tl.exp2(y * 2.8853900817779268)
     y2 = y * y
     series = y * (1.0 + y2 * (-0.33333333 + y2 * (0.13333333 + y2 * -0.05396825)))
