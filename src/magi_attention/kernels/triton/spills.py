@@ -12,13 +12,13 @@ SPILLS: dict[str, dict[tuple[str, int, int], int]] = {
         ("dkdv", 64, 2): 56,
         ("dkdv", 64, 4): 8,
         ("dkdv", 128, 4): 264,
-        ("dkdv", 256, 2): 16,
+        ("dkdv", 256, 2): 88,
         ("dkdv", 256, 4): 2128,
         ("dq", 64, 2): 8,
         ("dq", 128, 4): 8,
-        ("forward", 64, 2): 16,
+        ("forward", 64, 2): 48,
         ("forward", 128, 2): 40,
-        ("forward", 256, 2): 568,
+        ("forward", 256, 2): 608,
         ("forward", 256, 4): 24,
     },
     "sm_86": {
@@ -70,10 +70,10 @@ SPILLS: dict[str, dict[tuple[str, int, int], int]] = {
 UNALIGNED_SPILLS: dict[str, dict[tuple[str, int, int], int]] = {
     "sm_80": {
         ("dkdv", 64, 2): 104,
-        ("dkdv", 128, 2): 488,
-        ("dq", 64, 2): 16,
+        ("dkdv", 128, 2): 536,
+        ("dq", 64, 2): 32,
         ("dq", 128, 2): 160,
-        ("forward", 64, 2): 64,
+        ("forward", 64, 2): 104,
         ("forward", 128, 2): 160,
     },
     "sm_86": {
