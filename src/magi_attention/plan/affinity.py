@@ -33,7 +33,8 @@ def affinity(demand: ChunkDemand, num_ranks: int, area_limit: int, tight_limit: 
     found = starts(demand, num_ranks, area_limit)
     loads = [np.maximum(*traffic(demand, owner, num_ranks)) for owner in found]
     order = sorted(range(len(found)), key=lambda at: (int(loads[at].max()), int(loads[at].sum())))
-    search = _first_within(demand, [found[at] for at in order], num_ranks, area_limit)
+    most_load = _MOST_LOAD * int(loads[order[0]].max())
+    search = _first_within(demand, [found[at] for at in order if loads[at].max() <= most_load], num_ranks, area_limit)
     improve(search, area_limit)
     yield search.owner.copy()
     largest = [int(np.bincount(found[at], weights=demand.areas, minlength=num_ranks).max()) for at in order]
@@ -47,25 +48,18 @@ def affinity(demand: ChunkDemand, num_ranks: int, area_limit: int, tight_limit: 
 
 
 def _first_within(demand: ChunkDemand, found: list[Ints], num_ranks: int, area_limit: int) -> SwapSearch:
-    """The first of the assignments that can be mended to the limit and loads no rank much more than the first does; else the first."""
+    """The first of the assignments that can be mended to the limit; where none can, the first of all."""
 
     def mended(owner: Ints) -> SwapSearch:
         search = SwapSearch(demand, owner, num_ranks)
         search.mend(area_limit, num_swaps=2 * num_ranks)
         return search
 
-    most_load = _MOST_LOAD * max_load(demand, found[0], num_ranks)
     for owner in found:
-        if max_load(demand, owner, num_ranks) <= most_load:
-            search = mended(owner)
-            if search.area.max() <= area_limit:
-                return search
+        search = mended(owner)
+        if search.area.max() <= area_limit:
+            return search
     return mended(found[0])
-
-
-def max_load(demand: ChunkDemand, owner: Ints, num_ranks: int) -> int:
-    """Rows received or sent, whichever are more, by the rank where they are most."""
-    return int(np.maximum(*traffic(demand, owner, num_ranks)).max())
 
 
 def improve(search: SwapSearch, area_limit: int) -> None:
